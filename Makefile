@@ -1,0 +1,99 @@
+# GNU make. `make help` says what there is to do.
+
+LUA    ?= lua5.4
+LUAJIT ?= luajit
+CFLAGS ?= -O2 -g
+export LUA LUAJIT
+
+# The folder of a header: pkg-config's answer, or the first of the usual places.
+incdir = $(or $(patsubst -I%,%,$(firstword $(shell pkg-config --cflags-only-I $(1) 2>/dev/null))),$(2))
+LUA_INCDIR    ?= $(call incdir,lua5.4,/usr/include/lua5.4)
+LUAJIT_INCDIR ?= $(call incdir,luajit,/usr/include/luajit-2.1)
+PQ_INCDIR     ?= $(call incdir,libpq,$(shell pg_config --includedir 2>/dev/null))
+
+STANDARD := -std=c99 -fPIC -fvisibility=hidden
+WARNINGS := -Wall -Wextra -pedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wcast-qual \
+            -Wwrite-strings -Wpointer-arith -Wformat=2 -Wvla -Werror
+LIBS     := -lpq -lcrypto -lz -lpthread
+SANITIZE := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+
+comma := ,
+SOURCES := $(wildcard src/*.c)
+ROCKSPEC := pglocks-scm-1.rockspec
+
+# Both runtimes, or the one whose headers are there.
+runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
+runtimes := $(or $(strip $(runtimes)),5.4)
+
+.PHONY: all demo test lint sanitize valgrind rock clean help
+all: $(runtimes:%=build/%/pglocks/core.so)
+
+# $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
+# as one made for Lua 5.4 must never end up in LuaJIT.
+define variant
+build/$(1)/pglocks/core.so: $$(SOURCES:src/%.c=build/$(1)/%.o)
+	@mkdir -p $$(@D)
+	$$(CC) -shared $(3) $$(LDFLAGS) -o $$@ $$^ $$(LIBS)
+
+build/$(1)/%.o: src/%.c Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(STANDARD) $$(WARNINGS) $(3) -MMD -MP -I$(2) -I$$(PQ_INCDIR) -c -o $$@ $$<
+
+-include $$(wildcard build/$(1)/*.d)
+endef
+$(eval $(call variant,5.4,$(LUA_INCDIR),$(CFLAGS)))
+$(eval $(call variant,jit,$(LUAJIT_INCDIR),$(CFLAGS)))
+# The module stays loaded to the end, so that a leak can be told by its function's name.
+$(eval $(call variant,asan-5.4,$(LUA_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
+$(eval $(call variant,asan-jit,$(LUAJIT_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
+
+# What tools/install-deps installs is seen by a make that starts after it.
+demo:
+	@tools/install-deps demo
+	@$(MAKE) -s --no-print-directory build/5.4/pglocks/core.so
+	@tools/with-postgres tools/lua 5.4 demo/demo.lua
+
+# make test SPEC=spec/key_spec.lua TEST_ARGS=--filter=pair RUNTIMES=jit
+test:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory all
+	@tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+sanitize:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory build/asan-5.4/pglocks/core.so build/asan-jit/pglocks/core.so
+	@PGLOCKS_BUILD=asan- PGLOCKS_TEST_SLOW=4 \
+	PGLOCKS_UNDER="env LD_PRELOAD=$$($(CC) -print-file-name=libasan.so)" \
+	LSAN_OPTIONS=suppressions=$(CURDIR)/tools/lsan.supp:print_suppressions=0 \
+	tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+valgrind:
+	@tools/install-deps ci
+	@$(MAKE) -s --no-print-directory all
+	@PGLOCKS_TEST_SLOW=10 \
+	PGLOCKS_UNDER="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite \
+	  --errors-for-leak-kinds=definite --keep-debuginfo=yes --suppressions=$(CURDIR)/tools/valgrind.supp" \
+	tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+lint:
+	@tools/lint -std=c99 -I$(LUA_INCDIR) -I$(PQ_INCDIR)
+	luarocks lint $(ROCKSPEC)
+
+rock:
+	@tools/install-deps test
+	luarocks lint $(ROCKSPEC)
+	@tools/try-rock 5.4 $(LUA) PQ_INCDIR=$(PQ_INCDIR)
+	@tools/try-rock jit $(LUAJIT) PQ_INCDIR=$(PQ_INCDIR) LUA_INCDIR=$(LUAJIT_INCDIR)
+
+clean:
+	rm -rf build
+
+help:
+	@echo "make            build for Lua 5.4 and LuaJIT, into build/"
+	@echo "make demo       see it work, on a PostgreSQL of its own"
+	@echo "make test       run the specs under both; SPEC=file TEST_ARGS=--filter=name RUNTIMES=5.4|jit"
+	@echo "make lint       check style and suspicious code"
+	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make valgrind   run the specs under valgrind"
+	@echo "make rock       build and load the rock, for both"
+	@echo "make clean      remove build/"

@@ -1,0 +1,273 @@
+--- PostgreSQL advisory locks, released when a scope ends.
+---
+---     local pglocks = require "pglocks"
+---     local conn <close> = pglocks.connect "postgresql:///app"
+---     local lock <close> = conn:lock "invoice 42"
+
+local core = require "pglocks.core"
+local opening = require "pglocks.connect"
+local run = require "pglocks.scope"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+local pglocks = { _VERSION = "pglocks scm" }
+
+-- ---- calls that run a function ----------------------------------------------------------
+
+local function callable(value)
+  local metatable = type(value) ~= "function" and getmetatable(value)
+  return type(value) == "function"
+    or type(metatable) == "table" and type(metatable.__call) == "function"
+end
+
+local function check_function(argument, value)
+  if not callable(value) then
+    core.raise_argument(argument, ("function expected, got %s"):format(type(value)))
+  end
+end
+
+local function release(lock, ...)
+  lock:release()
+  return ...
+end
+
+local function release_true(lock, ...)
+  lock:release()
+  return true, ...
+end
+
+-- Of a connection, or of `program` below: whatever has `lock` and `try_lock`. The key, then
+-- options or not, then the function and its arguments.
+local function with_lock(owner, key, ...)
+  local options, fn = ...
+  if callable(options) then
+    local lock = owner:lock(key)
+    return run(lock, release, options, lock, select(2, ...))
+  end
+  check_function(options == nil and select("#", ...) < 2 and 2 or 3, fn)
+  local lock = owner:lock(key, options)
+  return run(lock, release, fn, lock, select(3, ...))
+end
+
+local function try_with_lock(owner, key, ...)
+  local options, fn = ...
+  local first = 3
+  if callable(options) then options, fn, first = nil, options, 2 end
+  check_function(first, fn)
+  local lock, why = owner:try_lock(key, options)
+  if not lock then return false, why end
+  return run(lock, release_true, fn, lock, select(first, ...))
+end
+
+--- Calls `fn(lock, ...)` while holding the lock; waits as `lock` does.
+---@return any ... what fn returned
+core.connection.with_lock = with_lock
+
+--- Calls `fn(lock, ...)` if the lock is to be had, as `try_lock` says.
+---@return boolean ran  true and what fn returned; or false and "busy" or "timeout"
+core.connection.try_with_lock = try_with_lock
+
+-- ---- transactions -----------------------------------------------------------------------
+
+local WITHOUT_DEADLINE = -1
+
+local Transaction = {}
+
+-- An error is in flight, and must not be masked: the session that cannot roll back is lost anyway.
+function Transaction:__close()
+  if not self.committed then pcall(core.execute, self.conn, WITHOUT_DEADLINE, "ROLLBACK") end
+end
+
+local function commit(transaction, ...)
+  transaction.committed = true
+  local _, tag = core.execute(transaction.conn, WITHOUT_DEADLINE, "COMMIT")
+  if tag ~= "COMMIT" then
+    core.raise("aborted_transaction", "a statement had failed: the transaction was rolled back")
+  end
+  return ...
+end
+
+--- Calls `fn(conn, ...)` inside a transaction: COMMIT when it returns, ROLLBACK when it raises.
+---@return any ... what fn returned
+function core.connection.transaction(conn, fn, ...)
+  check_function(1, fn)
+  if core.in_transaction(conn) then
+    core.raise("server", "a transaction is open on this connection already")
+  end
+  core.execute(conn, WITHOUT_DEADLINE, "BEGIN")
+  return run(setmetatable({ conn = conn }, Transaction), commit, fn, conn, ...)
+end
+
+-- ---- connections ------------------------------------------------------------------------
+
+--- Opens a connection of its own.
+---@param described? string|table conninfo string, URI, or table of libpq's keywords and options
+---@return userdata connection
+function pglocks.connect(described)
+  local keywords, options = opening.describe(described)
+  if not keywords then core.raise_argument(1, options) end
+  return opening.connect(keywords, options)
+end
+
+local databases = {} -- by name: { keywords, options }
+local connections = {} -- by name: the one that all callers share
+
+-- The owner of a module-level lock. In a plain program that is one connection for each name,
+-- opened on first use, and anew after it was lost: holding nothing then.
+local function owner(name)
+  local conn = connections[name]
+  if conn and conn:alive() then return conn end
+  local described = databases[name]
+  if not described and name == "default" then described = { opening.describe() } end
+  conn = opening.connect(described[1], described[2])
+  connections[name] = conn
+  return conn
+end
+
+-- The connection that options name, and the options that are the connection's.
+local function choose(options)
+  if type(options) ~= "table" or options.using == nil then return owner "default", options end
+  local name, rest = options.using, {}
+  if type(name) ~= "string" then
+    core.raise_argument(2, ("option 'using': name of a database expected, got %s")
+      :format(type(name)))
+  elseif not databases[name] and name ~= "default" then
+    core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
+  end
+  for option, value in pairs(options) do
+    if option ~= "using" then rest[option] = value end
+  end
+  return owner(name), rest
+end
+
+-- Raises what is wrong with a key before a connection is opened for it.
+local function check_key(key, options)
+  local hashing
+  if type(options) == "table" then
+    hashing = { hash = options.hash, namespace = options.namespace }
+  end
+  core.key(key, hashing)
+end
+
+local program = {}
+
+function program:lock(key, options) -- luacheck: no self
+  check_key(key, options)
+  local conn, rest = choose(options)
+  local lock = conn:lock(key, rest)
+  return lock
+end
+
+function program:try_lock(key, options) -- luacheck: no self
+  check_key(key, options)
+  local conn, rest = choose(options)
+  local lock, why = conn:try_lock(key, rest)
+  return lock, why
+end
+
+--- Names databases and sets defaults for the whole program. Called again, it starts afresh.
+---@param settings string|table conninfo of the default database, or
+--- { databases = { name = described }, hash =, namespace = }
+function pglocks.setup(settings)
+  if type(settings) == "string" then settings = { databases = { default = settings } } end
+  if type(settings) ~= "table" then
+    core.raise_argument(1, ("conninfo string or table expected, got %s"):format(type(settings)))
+  end
+  for name in pairs(settings) do
+    if name ~= "databases" and name ~= "hash" and name ~= "namespace" then
+      core.raise_argument(1, ("unknown key '%s'"):format(tostring(name)))
+    end
+  end
+  local described = {}
+  if settings.databases ~= nil and type(settings.databases) ~= "table" then
+    core.raise_argument(1, "databases: table of descriptions by name expected")
+  end
+  for name, description in pairs(settings.databases or {}) do
+    if type(name) ~= "string" then
+      core.raise_argument(1, "databases: names as strings expected")
+    end
+    local keywords, options = opening.describe(description)
+    if not keywords then
+      core.raise_argument(1, ("databases.%s: %s"):format(name, options))
+    end
+    described[name] = { keywords, options }
+  end
+  core.key_defaults { hash = settings.hash, namespace = settings.namespace }
+  databases, connections = described, {}
+end
+
+--- A key as PostgreSQL sees it: comparable, with classid, objid and objsubid as in pg_locks.
+---@param key integer|integer[]|string
+---@param options? { hash: string, namespace: string }
+---@return userdata key
+pglocks.key = core.key
+
+-- ---- module-level locks -----------------------------------------------------------------
+
+--- Waits for a lock on the database that `using` names. Raises unless it holds the lock.
+---@param key integer|integer[]|string
+---@param options? { shared: boolean, timeout: number, using: string, hash: string, namespace: string, comment: string|boolean }
+---@return userdata lock
+function pglocks.lock(key, options)
+  local lock = program:lock(key, options)
+  return lock
+end
+
+--- Takes a lock if it is free, or becomes so within `timeout` seconds.
+---@return userdata|nil lock
+---@return string|nil why  "busy" or "timeout"
+function pglocks.try_lock(key, options)
+  local lock, why = program:try_lock(key, options)
+  return lock, why
+end
+
+--- Calls `fn(lock, ...)` while holding the lock: pglocks.with_lock(key, [options,] fn, ...)
+function pglocks.with_lock(key, ...) return with_lock(program, key, ...) end
+
+--- Calls `fn(lock, ...)` if the lock is to be had: pglocks.try_with_lock(key, [options,] fn, ...)
+function pglocks.try_with_lock(key, ...) return try_with_lock(program, key, ...) end
+
+--- A function that runs `fn` with its arguments while holding the lock.
+---@param key integer|integer[]|string
+---@param options? table
+---@param fn function
+---@return function
+function pglocks.wrap(key, options, fn)
+  if fn == nil and callable(options) then options, fn = nil, options end
+  check_function(3, fn)
+  check_key(key, options)
+  local function without_lock(_, ...) return fn(...) end
+  return function(...) return with_lock(program, key, options, without_lock, ...) end
+end
+
+--- django-pglocks' form: with `wait = false` it returns at once with a lock object whose
+--- `acquired` tells; otherwise it waits, as `lock` does.
+---@param lock_id integer|integer[]|string
+---@param options? { shared: boolean, wait: boolean, using: string, comment: string|boolean }
+---@return userdata lock
+function pglocks.advisory_lock(lock_id, options)
+  local wait, rest
+  if type(options) == "table" then
+    wait, rest = options.wait, {}
+    for option, value in pairs(options) do
+      if option ~= "wait" then rest[option] = value end
+    end
+    if wait ~= nil and type(wait) ~= "boolean" then
+      core.raise_argument(2, ("option 'wait': boolean expected, got %s"):format(type(wait)))
+    elseif wait == false and rest.timeout ~= nil then
+      core.raise_argument(2, "option 'timeout' waits, and wait = false does not")
+    end
+  else
+    rest = options
+  end
+  if wait ~= false then
+    local lock = program:lock(lock_id, rest)
+    return lock
+  end
+  check_key(lock_id, rest)
+  local conn, own = choose(rest)
+  local lock = core.attempt(conn, lock_id, own)
+  return lock
+end
+
+return pglocks

@@ -1,0 +1,53 @@
+rockspec_format = "3.0"
+package = "pglocks"
+version = "scm-1"
+
+source = {
+  url = "git+https://github.com/pglocks/pglocks.git",
+}
+
+description = {
+  summary = "PostgreSQL advisory locks that are released when a scope ends",
+  detailed = [[
+    Locks that all machines share that use one PostgreSQL database. A lock is released when its
+    scope ends, however it ends; it is truthfully held or not; waiting for one blocks no event
+    loop; and many locks live on few connections. For Lua 5.4, LuaJIT and OpenResty.
+  ]],
+  homepage = "https://github.com/pglocks/pglocks",
+  license = "MIT",
+  labels = { "postgresql", "lock", "mutex", "advisory-lock", "openresty" },
+}
+
+dependencies = {
+  "lua >= 5.1",
+}
+
+external_dependencies = {
+  PQ = { header = "libpq-fe.h", library = "pq" },
+  CRYPTO = { header = "openssl/evp.h", library = "crypto" },
+  ZLIB = { header = "zlib.h", library = "z" },
+}
+
+build = {
+  type = "builtin",
+  modules = {
+    ["pglocks"] = "lua/pglocks/init.lua",
+    ["pglocks.core"] = {
+      sources = {
+        "src/module.c",
+        "src/connection.c",
+        "src/command.c",
+        "src/lock.c",
+        "src/key.c",
+      },
+      libraries = { "pq", "crypto", "z", "pthread" },
+      incdirs = { "$(PQ_INCDIR)", "$(CRYPTO_INCDIR)", "$(ZLIB_INCDIR)" },
+      libdirs = { "$(PQ_LIBDIR)", "$(CRYPTO_LIBDIR)", "$(ZLIB_LIBDIR)" },
+    },
+  },
+}
+
+test = {
+  type = "command",
+  command = "make test",
+}

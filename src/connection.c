@@ -1,0 +1,884 @@
+/* connection.c: the session behind a connection: opening, the steps of an operation and
+ * waiting for them, interrupting, loss, closing, and what a forked child may do: nothing. */
+#include "pglocks.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+#define CONNINFO_TYPE "pglocks conninfo"
+#define MAGIC 0x70676c63u
+
+/* How long a wait goes on before it looks whether Ctrl-C came just before it slept. */
+#define SLICE 0.5
+
+#define DEFAULT_REPLY_TIMEOUT 10.0
+
+struct connection {
+  uint32_t magic;
+  struct session *session; /* NULL: closed before it was open */
+};
+
+/* ---- fork ------------------------------------------------------------------------------ */
+
+static pthread_mutex_t sessions_mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct session *sessions; /* those with a socket */
+static unsigned fork_generation;
+
+static void lock_sessions(void) { pthread_mutex_lock(&sessions_mutex); }
+
+static void unlock_sessions(void) { pthread_mutex_unlock(&sessions_mutex); }
+
+/* A child that spoke on the parent's socket, or only closed it politely, would end the parent's
+ * session; one that kept it open would keep a dead parent's locks alive. */
+static void child_lets_go(void) {
+  int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  fork_generation++;
+  for (struct session *s = sessions; s != NULL; s = s->next)
+    if (null >= 0)
+      dup3(null, PQsocket(s->pg), O_CLOEXEC);
+    else
+      close(PQsocket(s->pg));
+  if (null >= 0) close(null);
+  unlock_sessions();
+}
+
+static void watch_forks(void) { pthread_atfork(lock_sessions, unlock_sessions, child_lets_go); }
+
+bool session_is_foreign(const struct session *s) { return s->born != fork_generation; }
+
+/* ---- sessions -------------------------------------------------------------------------- */
+
+static void session_link(struct session *s) {
+  lock_sessions();
+  s->next = sessions;
+  s->link = &sessions;
+  if (sessions != NULL) sessions->link = &s->next;
+  sessions = s;
+  unlock_sessions();
+}
+
+/* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
+static void session_disconnect(struct session *s) {
+  if (s->pg == NULL) return;
+  lock_sessions();
+  *s->link = s->next;
+  if (s->next != NULL) s->next->link = s->link;
+  unlock_sessions();
+  PQfinish(s->pg);
+  s->pg = NULL;
+}
+
+static void cancel_unref(struct cancel *cancel);
+
+void session_unref(struct session *s) {
+  if (--s->refs > 0) return;
+  session_disconnect(s);
+  commands_drop(s);
+  if (s->cancel != NULL) cancel_unref(s->cancel);
+  while (s->spare_commands != NULL) {
+    struct command *c = s->spare_commands;
+    s->spare_commands = c->next;
+    free(c);
+  }
+  holdings_free(s);
+  PQclear(s->op.result);
+  free(s);
+}
+
+static struct session *session_new(void) {
+  struct session *s = calloc(1, sizeof *s);
+  if (s == NULL) return NULL;
+  s->refs = 1;
+  s->born = fork_generation;
+  s->newest = &s->oldest;
+  s->buckets = s->first_buckets;
+  s->bucket_count = BUCKETS;
+  s->reply_timeout = DEFAULT_REPLY_TIMEOUT;
+  return s;
+}
+
+void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message) {
+  struct failure failure;
+  if (s->pg == NULL) return;
+  failure_set(&failure, code, sqlstate, "%s", message);
+  s->loss = failure;
+  s->loss.code = LOST;
+  s->state = SESSION_LOST;
+  session_disconnect(s);
+  commands_drop(s);
+  if (s->op.kind != NULL && !s->op.done)
+    operation_done(s, code, failure.sqlstate, "%s", failure.message);
+}
+
+void session_note_transaction(struct session *s) {
+  PGTransactionStatusType status = PQtransactionStatus(s->pg);
+  if (status == PQTRANS_ACTIVE || status == PQTRANS_UNKNOWN) return;
+  s->in_transaction = status != PQTRANS_IDLE;
+  s->transaction_failed = status == PQTRANS_INERROR;
+}
+
+static bool is_ready(int fd, short events) {
+  struct pollfd p = {fd, events, 0};
+  return poll(&p, 1, 0) > 0;
+}
+
+bool session_alive(struct session *s) {
+  if (s->state != SESSION_OPEN || session_is_foreign(s)) return false;
+  /* An operation under way watches the socket itself; its bytes are not ours to take. */
+  if (s->op.kind != NULL) return !s->doomed;
+  while (s->pg != NULL && is_ready(PQsocket(s->pg), POLLIN)) commands_collect(s);
+  return s->pg != NULL;
+}
+
+/* libpq's default would print on stderr. Nothing of Lua may be called from here. */
+static void receive_notice(void *session, const PGresult *notice) {
+  static const char *const ends[] = {"57P01", "57P02", "57P03", "57P04", "57P05",
+                                     "25P03", "25P04"};
+  struct session *s = session;
+  const char *sqlstate = PQresultErrorField(notice, PG_DIAG_SQLSTATE);
+  const char *severity = PQresultErrorField(notice, PG_DIAG_SEVERITY_NONLOCALIZED);
+  const char *message = PQresultErrorField(notice, PG_DIAG_MESSAGE_PRIMARY);
+  bool end = severity != NULL && (!strcmp(severity, "FATAL") || !strcmp(severity, "PANIC"));
+  for (size_t i = 0; sqlstate != NULL && i < sizeof ends / sizeof *ends; i++)
+    end = end || strcmp(sqlstate, ends[i]) == 0; /* 57P02 comes as a mere warning */
+  if (!end || s->doomed) return;
+  s->doomed = true;
+  failure_set(&s->loss, LOST, sqlstate ? sqlstate : "", "%s",
+              message ? message : "the server ended the session");
+}
+
+/* ---- cancelling ------------------------------------------------------------------------ */
+
+/* PQcancel blocks, without limit if the server hangs: a detached thread makes the request and
+ * tells by an eventfd. Nothing may be sent before it has finished, or it would hit that. */
+struct cancel {
+  PGcancel *request;
+  int fd;
+  int refs; /* the session and the thread */
+};
+
+static void cancel_unref(struct cancel *cancel) {
+  if (__atomic_sub_fetch(&cancel->refs, 1, __ATOMIC_ACQ_REL) > 0) return;
+  PQfreeCancel(cancel->request);
+  close(cancel->fd);
+  free(cancel);
+}
+
+static void *cancel_thread(void *arg) {
+  struct cancel *cancel = arg;
+  uint64_t one = 1;
+  char error[256];
+  PQcancel(cancel->request, error, sizeof error);
+  if (write(cancel->fd, &one, sizeof one) < 0) { /* cannot happen: an eventfd at 0 */
+  }
+  cancel_unref(cancel);
+  return NULL;
+}
+
+/* The thread may outlive the Lua state: its code must stay mapped. */
+static void pin_library(void) {
+  Dl_info self;
+  union {
+    void *(*function)(void *);
+    void *address;
+  } here = {cancel_thread};
+  if (dladdr(here.address, &self)) dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+static bool cancel_begin(struct session *s) {
+  static pthread_once_t pinned = PTHREAD_ONCE_INIT;
+  struct cancel *cancel = calloc(1, sizeof *cancel);
+  sigset_t all, before;
+  pthread_attr_t detached;
+  pthread_t thread;
+  int rc;
+  if (cancel == NULL) return false;
+  pthread_once(&pinned, pin_library);
+  cancel->refs = 2;
+  cancel->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  cancel->request = PQgetCancel(s->pg);
+  pthread_attr_init(&detached);
+  pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+  sigfillset(&all); /* signals are for the threads of the program */
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  rc = cancel->fd < 0 || cancel->request == NULL
+           ? EAGAIN
+           : pthread_create(&thread, &detached, cancel_thread, cancel);
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&detached);
+  if (rc != 0) {
+    cancel->refs = 1;
+    cancel_unref(cancel);
+    return false;
+  }
+  s->cancel = cancel;
+  return true;
+}
+
+static void cancel_look(struct session *s) {
+  if (s->cancel == NULL || !is_ready(s->cancel->fd, POLLIN)) return;
+  cancel_unref(s->cancel);
+  s->cancel = NULL;
+}
+
+/* ---- operations ------------------------------------------------------------------------ */
+
+static const struct operation_kind connecting;
+
+void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
+  struct operation *op = &s->op;
+  PQclear(op->result);
+  memset(op, 0, sizeof *op);
+  op->timeout = -1;
+  op->kind = kind;
+  op->started = monotonic_now();
+  op->deadline = deadline;
+}
+
+void operation_drop(struct session *s) {
+  struct operation *op = &s->op;
+  for (struct command *c = s->oldest; c != NULL; c = c->next)
+    if (c->holding == NULL) c->abandoned = true;
+  op->kind = NULL;
+  op->lock = NULL;
+  op->holding = NULL;
+  /* A transaction that has just ended lets go what could not be released inside it. */
+  if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
+}
+
+void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
+                    ...) {
+  struct operation *op = &s->op;
+  va_list args;
+  char message[MESSAGE_SIZE] = "";
+  op->done = true;
+  if (code == NO_ERROR) return;
+  va_start(args, format);
+  vsnprintf(message, sizeof message, format, args);
+  va_end(args);
+  failure_set(&op->failure, code, sqlstate, "%s", message);
+}
+
+static void operation_interrupt(struct session *s) {
+  struct operation *op = &s->op;
+  double reply_by = monotonic_now() + s->reply_timeout;
+  if (op->interrupted || op->done) return;
+  op->interrupted = true;
+  if (reply_by < op->deadline) op->deadline = reply_by;
+  if (s->state == SESSION_CONNECTING) {
+    session_disconnect(s);
+    s->state = SESSION_CLOSED;
+    operation_done(s, INTERRUPTED, "", "connecting was interrupted");
+  } else if (!cancel_begin(s))
+    session_lose(s, UNKNOWN, "", "interrupted, and no cancel request could be made");
+}
+
+/* The deadline has passed without an answer. Whether the server did what it was asked cannot be
+ * known; the cancel, not awaited, only helps it to notice sooner that nobody waits any more. */
+static void operation_expire(struct session *s) {
+  if (s->state == SESSION_CONNECTING) {
+    session_disconnect(s);
+    s->state = SESSION_CLOSED;
+    operation_done(s, CONNECT, "", "no connection within %.3g s",
+                   s->op.deadline - s->op.started);
+    return;
+  }
+  if (s->op.kind->interruptible && !s->op.interrupted) cancel_begin(s);
+  session_lose(s, UNKNOWN, "", "no answer from the server in time; the connection was closed");
+}
+
+static void connecting_advance(struct session *s);
+
+/* Does what can be done without waiting. */
+static void operation_progress(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->done) return;
+  if (s->state == SESSION_CONNECTING)
+    connecting_advance(s);
+  else if (commands_collect(s)) {
+    cancel_look(s);
+    if (op->unanswered == 0 && s->cancel == NULL) op->kind->advance(s);
+  }
+  if (!op->done && monotonic_now() >= op->deadline) operation_expire(s);
+}
+
+/* What it waits for. False: it is done. */
+static bool operation_wants(struct session *s, struct pollfd *wait) {
+  const struct operation *op = &s->op;
+  if (op->done) return false;
+  wait->revents = 0;
+  if (s->state == SESSION_CONNECTING) {
+    wait->fd = PQsocket(s->pg);
+    wait->events = op->state == PGRES_POLLING_READING ? POLLIN : POLLOUT;
+  } else if (op->unanswered == 0 && s->cancel != NULL) {
+    wait->fd = s->cancel->fd;
+    wait->events = POLLIN;
+  } else {
+    wait->fd = PQsocket(s->pg);
+    wait->events = POLLIN;
+    if (PQflush(s->pg) == 1) wait->events |= POLLOUT;
+  }
+  return true;
+}
+
+/* Has Ctrl-C, or whatever sets a hook that raises, come? Then its error is kept for
+ * operation_end. The standalone interpreters' handler only sets a hook, on PUC Lua on the main
+ * thread alone: so a function that does nothing is called there to let it strike. */
+static bool hook_raises(lua_State *L) {
+  lua_State *T = L;
+  bool raised;
+#if LUA_VERSION_NUM >= 502
+  if (lua_gethookmask(T) == 0) {
+    lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
+    T = lua_tothread(L, -1);
+    lua_pop(L, 1);
+  }
+#endif
+  if (lua_gethookmask(T) == 0 || !lua_checkstack(T, 4)) return false;
+  slot_get(L, 1, SLOT_NOTHING);
+  if (T != L) lua_xmove(L, T, 1);
+  raised = lua_pcall(T, 0, 0, 0) != 0;
+  if (!raised) return false;
+  if (T != L) lua_xmove(T, L, 1);
+  slot_set(L, 1, SLOT_INTERRUPT);
+  return true;
+}
+
+void operation_run(lua_State *L, struct session *s) {
+  struct pollfd wait;
+  bool interruptible = s->op.kind->interruptible;
+  while (operation_wants(s, &wait)) {
+    double left = s->op.deadline - monotonic_now();
+    bool sliced = interruptible && !s->op.interrupted && left > SLICE;
+    struct timespec time, *limit = &time;
+    int ready;
+    if (sliced) left = SLICE;
+    if (left < 0) left = 0;
+    if (isinf(left))
+      limit = NULL;
+    else {
+      time.tv_sec = (time_t)left;
+      time.tv_nsec = (long)((left - (double)time.tv_sec) * 1e9);
+    }
+    ready = ppoll(&wait, 1, limit, NULL);
+    if (ready <= 0 && interruptible && !s->op.interrupted && hook_raises(L))
+      operation_interrupt(s);
+    else if (ready > 0 || !sliced)
+      operation_progress(s);
+  }
+}
+
+int operation_complete(lua_State *L, struct session *s) {
+  operation_run(L, s);
+  return s->op.kind->finish(L, s);
+}
+
+void operation_end(lua_State *L, struct session *s) {
+  bool interrupted = s->op.interrupted;
+  struct failure failure;
+  struct key key = s->op.key;
+  bool has_key = s->op.has_key;
+  if (s->op.failure.code == NO_ERROR && !interrupted) {
+    operation_drop(s);
+    return;
+  }
+  failure = s->op.failure;
+  operation_drop(s);
+  connection_tell_loss(L, 1, s);
+  if (interrupted) {
+    slot_get(L, 1, SLOT_INTERRUPT);
+    lua_pushnil(L);
+    slot_set(L, 1, SLOT_INTERRUPT);
+    if (!lua_isnil(L, -1)) lua_error(L);
+    if (failure.code == NO_ERROR)
+      failure_set(&failure, INTERRUPTED, "", "interrupted by cancel()");
+  }
+  failure_push(L, &failure, has_key ? &key : NULL);
+  lua_error(L);
+}
+
+/* ---- connection userdata --------------------------------------------------------------- */
+
+void slot_get(lua_State *L, int index, enum slot slot) {
+  push_environment(L, index);
+  lua_rawgeti(L, -1, slot);
+  lua_remove(L, -2);
+}
+
+void slot_set(lua_State *L, int index, enum slot slot) {
+  push_environment(L, index);
+  lua_insert(L, -2);
+  lua_rawseti(L, -2, slot);
+  lua_pop(L, 1);
+}
+
+struct session *connection_check(lua_State *L, int index) {
+  struct connection *c = check_userdata(L, index, CONNECTION_TYPE, sizeof *c, MAGIC);
+  if (c->session == NULL) argument_error(L, 0, "connection was never open");
+  return c->session;
+}
+
+static void raise_error(lua_State *L, enum code code, const char *message) {
+  struct failure failure;
+  failure_set(&failure, code, "", "%s", message);
+  failure_push(L, &failure, NULL);
+  lua_error(L);
+}
+
+struct session *connection_ready(lua_State *L, int index) {
+  struct session *s = connection_check(L, index);
+  if (session_is_foreign(s))
+    raise_error(L, FORKED, "this connection belongs to the parent process");
+  connection_tell_loss(L, index, s);
+  if (s->op.kind != NULL)
+    raise_error(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
+  if (s->state == SESSION_LOST) {
+    failure_push(L, &s->loss, NULL);
+    lua_error(L);
+  }
+  if (s->state != SESSION_OPEN) raise_error(L, CLOSED, "this connection is closed");
+  return s;
+}
+
+/* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. */
+static int tell_loss(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  bool lost = s->state == SESSION_LOST && !s->loss_told;
+  struct failure failure = lost ? s->loss : s->release_failure;
+  s->release_failure.code = NO_ERROR;
+  if (lost) s->loss_told = true;
+  slot_get(L, 1, SLOT_ON_LOST);
+  if (!lua_isfunction(L, -1)) return 0;
+  lua_pushvalue(L, 1);
+  failure_push(L, &failure, lost ? NULL : &s->release_key);
+  holdings_push(L, s, lost);
+  lua_call(L, 3, 0);
+  return 0;
+}
+
+void connection_tell_loss(lua_State *L, int index, struct session *s) {
+  if ((s->state != SESSION_LOST || s->loss_told) && s->release_failure.code == NO_ERROR) return;
+  if (!lua_checkstack(L, 4)) return;
+  lua_pushvalue(L, index);
+  slot_get(L, -1, SLOT_TELL_LOSS);
+  lua_insert(L, -2);
+  if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+}
+
+/* ---- connecting ------------------------------------------------------------------------ */
+
+/* libpq's text of a failed attempt: the SQLSTATE taken out, one line, without hints. */
+static void connecting_failed(struct session *s) {
+  char text[MESSAGE_SIZE], sqlstate[SQLSTATE_SIZE] = "", *line = text, *to;
+  const char *password = PQpass(s->pg);
+  const char *from;
+  size_t used = 0;
+  const char *message = PQerrorMessage(s->pg);
+  text[0] = '\0';
+  for (from = message; *from != '\0';) {
+    size_t length = strcspn(from, "\n");
+    if (*from != '\t' && strncmp(from, "LOCATION:", 9) != 0 && length > 0 &&
+        used + length + 3 < sizeof text) {
+      if (used > 0) used += (size_t)snprintf(text + used, sizeof text - used, "; ");
+      memcpy(text + used, from, length);
+      text[used += length] = '\0';
+    }
+    from += length;
+    if (*from == '\n') from++;
+  }
+  /* ...FATAL:  28P01: password authentication failed... */
+  while ((line = strstr(line, ":  ")) != NULL) {
+    if (strspn(line + 3, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ") == 5 && line[8] == ':') {
+      memcpy(sqlstate, line + 3, 5);
+      memmove(line + 2, line + 9, strlen(line + 9) + 1);
+    } else
+      line++;
+  }
+  if (password != NULL && *password != '\0') {
+    size_t length = strlen(password);
+    while ((to = strstr(text, password)) != NULL) {
+      *to = '*';
+      memmove(to + 1, to + length, strlen(to + length) + 1);
+      if (length == 1) break;
+    }
+  }
+  session_disconnect(s);
+  s->state = SESSION_CLOSED;
+  operation_done(s, CONNECT, sqlstate, "%s", text);
+}
+
+static void connecting_advance(struct session *s) {
+  struct pollfd wait;
+  operation_wants(s, &wait);
+  if (!is_ready(wait.fd, wait.events)) return; /* PQconnectPoll must not be called early */
+  s->op.state = PQconnectPoll(s->pg);
+  if (s->op.state == PGRES_POLLING_FAILED)
+    connecting_failed(s);
+  else if (s->op.state == PGRES_POLLING_OK) {
+    PQsetErrorVerbosity(s->pg, PQERRORS_DEFAULT);
+    if (PQsetnonblocking(s->pg, 1) != 0 || !PQenterPipelineMode(s->pg)) {
+      connecting_failed(s);
+      return;
+    }
+    s->state = SESSION_OPEN;
+    s->backend_pid = PQbackendPID(s->pg);
+    s->server_version = PQserverVersion(s->pg);
+    operation_done(s, NO_ERROR, "", NULL);
+  }
+}
+
+/* true, or nil and the error: the caller may have another host to try. */
+static int connecting_finish(lua_State *L, struct session *s) {
+  struct failure failure = s->op.failure;
+  if (failure.code != CONNECT) {
+    operation_end(L, s);
+    lua_pushboolean(L, 1);
+    return 1;
+  }
+  operation_drop(s);
+  lua_pushnil(L);
+  failure_push(L, &failure, NULL);
+  return 2;
+}
+
+static const struct operation_kind connecting = {"connect", true, connecting_advance,
+                                                 connecting_finish};
+
+/* start.connect(keywords, seconds [, on_lost]): a connection whose opening has begun. */
+static int start_connect(lua_State *L) {
+  enum { MAX_KEYWORDS = 64 };
+  const char *keywords[MAX_KEYWORDS + 1], *values[MAX_KEYWORDS + 1];
+  struct connection *c;
+  struct session *s;
+  double seconds = luaL_checknumber(L, 2);
+  int n = 0;
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 3);
+  for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) {
+    if (n == MAX_KEYWORDS) return luaL_error(L, "too many connection keywords");
+    if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
+      return luaL_error(L, "connection keywords and values must be strings");
+    keywords[n] = lua_tostring(L, -2);
+    values[n++] = lua_tostring(L, -1);
+  }
+  keywords[n] = values[n] = NULL;
+
+  c = new_userdata(L, sizeof *c); /* closed, and only then opened */
+  c->magic = MAGIC;
+  c->session = NULL;
+  luaL_setmetatable(L, CONNECTION_TYPE);
+  lua_createtable(L, SLOTS, 0);
+  for (int i = SLOT_CONNECTION; i <= SLOTS; i++) {
+    lua_pushboolean(L, 0);
+    lua_rawseti(L, -2, i);
+  }
+  lua_pushnil(L);
+  lua_rawseti(L, -2, SLOT_INTERRUPT);
+  luaL_getmetatable(L, CONNECTION_TYPE);
+  lua_getfield(L, -1, "nothing");
+  lua_rawseti(L, -3, SLOT_NOTHING);
+  lua_getfield(L, -1, "tell_loss");
+  lua_rawseti(L, -3, SLOT_TELL_LOSS);
+  lua_pop(L, 1);
+  lua_pushvalue(L, 3);
+  lua_rawseti(L, -2, SLOT_ON_LOST);
+  lua_pushvalue(L, -2);
+  lua_rawseti(L, -2, SLOT_CONNECTION);
+  set_environment(L, -2);
+
+  s = c->session = session_new();
+  if (s == NULL) return luaL_error(L, "not enough memory");
+  operation_begin(s, &connecting, monotonic_now() + seconds);
+  s->state = SESSION_CONNECTING;
+  s->op.state = PGRES_POLLING_WRITING;
+  s->pg = PQconnectStartParams(keywords, values, 0);
+  if (s->pg == NULL) {
+    s->state = SESSION_CLOSED;
+    operation_done(s, CONNECT, "", "out of memory");
+    return 1;
+  }
+  session_link(s);
+  PQsetNoticeReceiver(s->pg, receive_notice, s);
+  PQsetErrorVerbosity(s->pg, PQERRORS_VERBOSE); /* for the SQLSTATE of a refusal */
+  if (PQstatus(s->pg) == CONNECTION_BAD) connecting_failed(s);
+  return 1;
+}
+
+/* conninfo(string): its keywords as a table; nil if it cannot be parsed. libpq's own message is
+ * not passed on: it may quote a part of a password.
+ * conninfo(): every keyword that libpq knows, with its default (of the environment) or false. */
+static int conninfo(lua_State *L) {
+  const char *string = luaL_optstring(L, 1, NULL);
+  char *error = NULL;
+  /* a box, because Lua may throw while the options are read */
+  PQconninfoOption **box = new_userdata(L, sizeof *box);
+  *box = NULL;
+  luaL_setmetatable(L, CONNINFO_TYPE);
+  *box = string != NULL ? PQconninfoParse(string, &error) : PQconndefaults();
+  PQfreemem(error);
+  if (*box == NULL) return 0;
+  lua_newtable(L);
+  for (PQconninfoOption *o = *box; o->keyword != NULL; o++) {
+    if (string != NULL && o->val == NULL) continue;
+    if (o->val != NULL)
+      lua_pushstring(L, o->val);
+    else
+      lua_pushboolean(L, 0);
+    lua_setfield(L, -2, o->keyword);
+  }
+  return 1;
+}
+
+static int conninfo_collect(lua_State *L) {
+  PQconninfoOption **box = test_userdata(L, 1, CONNINFO_TYPE, sizeof *box, 0);
+  if (box != NULL) {
+    PQconninfoFree(*box);
+    *box = NULL;
+  }
+  return 0;
+}
+
+/* ---- methods --------------------------------------------------------------------------- */
+
+/* run(conn): drives the operation to its end, blocking. */
+static int run(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  if (s->op.kind != NULL) operation_run(L, s);
+  return 0;
+}
+
+/* step(conn): does what can be done without waiting; then "r", "w" or "rw", the file descriptor
+ * and the seconds left (infinite: no deadline), or nothing when the operation is done. */
+static int step(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  struct pollfd wait;
+  if (s->op.kind == NULL) return 0;
+  operation_progress(s);
+  if (!operation_wants(s, &wait)) return 0;
+  lua_pushstring(L, wait.events == POLLIN ? "r" : wait.events == POLLOUT ? "w" : "rw");
+  lua_pushinteger(L, wait.fd);
+  lua_pushnumber(L, fmax(0, s->op.deadline - monotonic_now()));
+  return 3;
+}
+
+/* finish(conn): what the operation that is done returns, or raises. */
+static int finish(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  if (s->op.kind == NULL) return 0;
+  if (!s->op.done) return luaL_error(L, "the operation is not done");
+  return s->op.kind->finish(L, s);
+}
+
+/* Without an answer to wait for, and at any time: the last thing said on this session. */
+static void session_close(struct session *s) {
+  if (s->state == SESSION_OPEN || s->state == SESSION_CONNECTING) s->state = SESSION_CLOSED;
+  session_disconnect(s);
+  commands_drop(s);
+}
+
+enum { CANCELLED_AT_MOST = 50 };
+
+static void closing_send(struct session *s) {
+  static const char unlock_all[] = "SELECT pg_catalog.pg_advisory_unlock_all()";
+  if (s->in_transaction)
+    command_simple(s, "ROLLBACK", unlock_all);
+  else
+    command_simple(s, unlock_all, NULL);
+}
+
+static void closing_advance(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->answer.failed && op->answer.failure.code == INTERRUPTED &&
+      op->rounds++ < CANCELLED_AT_MOST) {
+    closing_send(s);
+    return;
+  }
+  session_close(s);
+  operation_done(s, NO_ERROR, "", NULL);
+}
+
+static int closing_finish(lua_State *L, struct session *s) {
+  operation_drop(s);
+  s->state = SESSION_CLOSED;
+  connection_tell_loss(L, 1, s);
+  return 0;
+}
+
+static const struct operation_kind closing = {"close", false, closing_advance, closing_finish};
+
+static void closing_begin(struct session *s) {
+  operation_begin(s, &closing, monotonic_now() + s->reply_timeout);
+  if (s->holding_count > 0 || s->in_transaction)
+    closing_send(s);
+  else
+    closing_advance(s);
+}
+
+/* Closed already, or not ours to close: nothing is to be done. */
+static bool is_over(struct session *s) {
+  if (session_is_foreign(s) || s->state != SESSION_OPEN) {
+    session_close(s);
+    return true;
+  }
+  return false;
+}
+
+static int start_close(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  connection_tell_loss(L, 1, s);
+  if (s->op.kind != NULL)
+    raise_error(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
+  if (is_over(s)) {
+    s->state = SESSION_CLOSED;
+    return 0;
+  }
+  closing_begin(s);
+  return 0;
+}
+
+static int connection_close(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  start_close(L);
+  return s->op.kind != NULL ? operation_complete(L, s) : 0;
+}
+
+/* __close: as close(), but never raises. */
+static int connection_scope_end(lua_State *L) {
+  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct session *s = c != NULL ? c->session : NULL;
+  if (s == NULL) return 0;
+  if (s->op.kind != NULL)
+    session_close(s);
+  else if (!is_over(s)) {
+    closing_begin(s);
+    operation_run(L, s);
+    operation_drop(s);
+  }
+  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR)
+    connection_tell_loss(L, 1, s);
+  s->state = SESSION_CLOSED;
+  return 0;
+}
+
+/* __gc: only sends. */
+static int connection_collect(lua_State *L) {
+  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct session *s = c != NULL ? c->session : NULL;
+  if (s == NULL) return 0;
+  c->session = NULL;
+  session_close(s);
+  session_unref(s);
+  return 0;
+}
+
+static int connection_alive(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  lua_pushboolean(L, session_alive(s));
+  connection_tell_loss(L, 1, s);
+  return 1;
+}
+
+static int connection_cancel(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  bool waiting = !session_is_foreign(s) && s->op.kind != NULL && s->op.kind->interruptible;
+  if (waiting) operation_interrupt(s);
+  lua_pushboolean(L, waiting);
+  return 1;
+}
+
+/* configure(conn, { reply_timeout =, deferred =, pooled = }) */
+static int configure(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  lua_getfield(L, 2, "reply_timeout");
+  if (!lua_isnil(L, -1)) s->reply_timeout = luaL_checknumber(L, -1);
+  lua_getfield(L, 2, "deferred");
+  if (!lua_isnil(L, -1)) s->deferred = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "pooled");
+  if (!lua_isnil(L, -1)) s->pooled = lua_toboolean(L, -1);
+  return 0;
+}
+
+/* in_transaction(conn): is one open, as the server last said? */
+static int in_transaction(lua_State *L) {
+  lua_pushboolean(L, connection_check(L, 1)->in_transaction);
+  return 1;
+}
+
+static int connection_index(lua_State *L) {
+  struct session *s;
+  const char *field;
+  lua_settop(L, 2);
+  lua_pushvalue(L, 2);
+  lua_rawget(L, lua_upvalueindex(1));
+  if (!lua_isnil(L, -1)) return 1;
+  s = connection_check(L, 1);
+  field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
+  if (strcmp(field, "backend_pid") == 0)
+    lua_pushinteger(L, s->backend_pid);
+  else if (strcmp(field, "server_version") == 0)
+    lua_pushinteger(L, s->server_version);
+  else if (strcmp(field, "is_pooled") == 0)
+    lua_pushboolean(L, s->pooled);
+  return 1;
+}
+
+static int connection_tostring(lua_State *L) {
+  static const char *const states[] = {"connecting", "open", "lost", "closed"};
+  struct session *s = connection_check(L, 1);
+  lua_pushfstring(L, CONNECTION_TYPE ": %s, backend_pid %d", states[s->state], s->backend_pid);
+  return 1;
+}
+
+static int nothing(lua_State *L) {
+  (void)L;
+  return 0;
+}
+
+static const luaL_Reg connection_metamethods[] = {
+    {"__close", connection_scope_end},
+    {"__gc", connection_collect},
+    {"__tostring", connection_tostring},
+    {"nothing", nothing},
+    {"tell_loss", tell_loss},
+    {NULL, NULL}};
+
+static const luaL_Reg connection_methods[] = {{"alive", connection_alive},
+                                              {"cancel", connection_cancel},
+                                              {"close", connection_close},
+                                              {NULL, NULL}};
+
+static const luaL_Reg starters[] = {
+    {"connect", start_connect}, {"close", start_close}, {NULL, NULL}};
+
+static const luaL_Reg functions[] = {{"configure", configure}, {"conninfo", conninfo},
+                                     {"finish", finish},       {"in_transaction", in_transaction},
+                                     {"run", run},             {"step", step},
+                                     {NULL, NULL}};
+
+void connection_open(lua_State *L) {
+  static pthread_once_t watching = PTHREAD_ONCE_INIT;
+  pthread_once(&watching, watch_forks);
+  luaL_setfuncs(L, functions, 0);
+  luaL_newmetatable(L, CONNECTION_TYPE);
+  luaL_setfuncs(L, connection_metamethods, 0);
+  lua_getfield(L, -2, "start");
+  luaL_setfuncs(L, starters, 0);
+  lua_pop(L, 1);
+  lua_getfield(L, -2, "connection");
+  luaL_setfuncs(L, connection_methods, 0);
+  lua_pushcclosure(L, connection_index, 1);
+  lua_setfield(L, -2, "__index");
+  luaL_newmetatable(L, CONNINFO_TYPE);
+  lua_pushcfunction(L, conninfo_collect);
+  lua_setfield(L, -2, "__gc");
+  lua_pop(L, 2);
+}

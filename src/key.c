@@ -1,0 +1,398 @@
+/* key.c: what PostgreSQL locks: a 64-bit key or a pair, made from a number, a pair of numbers
+ * or a name. */
+#include "pglocks.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <openssl/evp.h>
+#include <zlib.h>
+
+#define MAGIC 0x70676c6bu
+#define DEFAULTS "pglocks key defaults"
+#define TOSTRING "pglocks tostring"
+#define LUAJIT_TCDATA 10
+
+struct key_userdata {
+  uint32_t magic;
+  struct key key;
+};
+
+/* ---- schemes --------------------------------------------------------------------------- */
+
+static int64_t big_endian(const unsigned char *bytes) {
+  uint64_t n = 0;
+  for (int i = 0; i < 8; i++) n = n << 8 | bytes[i];
+  return (int64_t)n;
+}
+
+/* A bare name is hashed with SHA-256. With a namespace it is SHA-512 over the namespace's length
+ * (8 bytes, big-endian), the namespace and the name: the length keeps ("a", "bc") and ("ab", "c")
+ * apart, the other digest keeps both apart from every bare name. */
+static bool digest_sha(const char *name, size_t length, const char *namespace,
+                       size_t namespace_length, int64_t *key) {
+  unsigned char digest[EVP_MAX_MD_SIZE], prefix[8];
+  EVP_MD_CTX *context;
+  bool done;
+  if (namespace == NULL) {
+    done = EVP_Digest(name, length, digest, NULL, EVP_sha256(), NULL);
+  } else {
+    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)namespace_length >> (56 - 8 * i));
+    context = EVP_MD_CTX_new();
+    done = context != NULL && EVP_DigestInit_ex(context, EVP_sha512(), NULL) &&
+           EVP_DigestUpdate(context, prefix, sizeof prefix) &&
+           EVP_DigestUpdate(context, namespace, namespace_length) &&
+           EVP_DigestUpdate(context, name, length) && EVP_DigestFinal_ex(context, digest, NULL);
+    EVP_MD_CTX_free(context);
+  }
+  if (done) *key = big_endian(digest);
+  return done;
+}
+
+/* django-pglocks 1.0.4: CRC-32 of the name's bytes as a signed 32-bit integer. */
+static bool digest_crc32(const char *name, size_t length, const char *namespace,
+                         size_t namespace_length, int64_t *key) {
+  (void)namespace, (void)namespace_length;
+  *key = (int32_t)crc32_z(0, (const unsigned char *)name, length);
+  return true;
+}
+
+static const struct {
+  const char *name;
+  digest_function *digest;
+  bool takes_namespace;
+} schemes[] = {
+    {"sha256", digest_sha, true}, /* the default */
+    {"django-pglocks", digest_crc32, false},
+};
+
+static bool find_scheme(const char *name, struct hashing *how) {
+  for (size_t i = 0; i < sizeof schemes / sizeof *schemes; i++)
+    if (strcmp(schemes[i].name, name) == 0) {
+      how->scheme = schemes[i].name;
+      how->digest = schemes[i].digest;
+      how->takes_namespace = schemes[i].takes_namespace;
+      return true;
+    }
+  return false;
+}
+
+struct hashing key_defaults(lua_State *L) {
+  struct hashing how;
+  lua_getfield(L, LUA_REGISTRYINDEX, DEFAULTS);
+  how = *(struct hashing *)lua_touserdata(L, -1);
+  lua_pop(L, 1);
+  return how;
+}
+
+bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how) {
+  if (strcmp(option, "hash") == 0) {
+    if (lua_type(L, index) != LUA_TSTRING)
+      type_error(L, argument, "option 'hash': name of a scheme", index);
+    if (!find_scheme(lua_tostring(L, index), how))
+      argument_error(L, argument, lua_pushfstring(L, "option 'hash': unknown scheme '%s'",
+                                                  lua_tostring(L, index)));
+    how->explicit_scheme = true;
+  } else if (strcmp(option, "namespace") == 0) {
+    if (lua_type(L, index) != LUA_TSTRING)
+      type_error(L, argument, "option 'namespace': string", index);
+    how->namespace = lua_tolstring(L, index, &how->namespace_length);
+    how->explicit_namespace = true;
+  } else
+    return false;
+  return true;
+}
+
+/* ---- keys from Lua values -------------------------------------------------------------- */
+
+enum number { NOT_A_NUMBER, NOT_EXACT, EXACT };
+
+/* Of LuaJIT's cdata only tostring tells C what it is: 42LL, or 42ULL. */
+static enum number cdata_integer(lua_State *L, int index, int64_t *n) {
+  char digits[24] = "", *end;
+  const char *text;
+  bool is_unsigned = false;
+  lua_getfield(L, LUA_REGISTRYINDEX, TOSTRING);
+  lua_pushvalue(L, index);
+  lua_call(L, 1, 1);
+  text = lua_tostring(L, -1);
+  if (text != NULL) snprintf(digits, sizeof digits, "%s", text);
+  lua_pop(L, 1);
+  if (digits[0] != '-' && (digits[0] < '0' || digits[0] > '9')) return NOT_A_NUMBER;
+  *n = (int64_t)strtoull(digits, &end, 10);
+  if (strcmp(end, "ULL") == 0)
+    is_unsigned = true;
+  else if (strcmp(end, "LL") != 0)
+    return NOT_A_NUMBER;
+  return is_unsigned && *n < 0 ? NOT_EXACT : EXACT;
+}
+
+/* By hand, because Lua 5.4's own conversion takes "42" and LuaJIT's takes 1.5. */
+static enum number exact_integer(lua_State *L, int index, int64_t *n) {
+  double d;
+  if (lua_type(L, index) == LUAJIT_TCDATA) return cdata_integer(L, index, n);
+  if (lua_type(L, index) != LUA_TNUMBER) return NOT_A_NUMBER;
+  if (lua_isinteger(L, index)) {
+    *n = lua_tointeger(L, index);
+    return EXACT;
+  }
+  d = lua_tonumber(L, index);
+  if (!(d >= -9223372036854775808.0 && d < 9223372036854775808.0) || d != floor(d))
+    return NOT_EXACT;
+#if LUA_VERSION_NUM < 503
+  /* All numbers are doubles here: past 2^53 the program may have meant another one. */
+  if (fabs(d) > 9007199254740992.0) return NOT_EXACT;
+#endif
+  *n = (int64_t)d;
+  return EXACT;
+}
+
+static void set_big(struct key *key, int64_t n) {
+  key->classid = (uint32_t)((uint64_t)n >> 32);
+  key->objid = (uint32_t)n;
+  key->objsubid = 1;
+}
+
+/* Exactly [1] and [2]: a third value is somebody's mistake. */
+static bool has_two_values(lua_State *L, int index) {
+  int n = 0;
+  for (lua_pushnil(L); lua_next(L, index); lua_pop(L, 1))
+    if (++n > 2) {
+      lua_pop(L, 2);
+      return false;
+    }
+  return n == 2 && lua_rawlen(L, index) == 2;
+}
+
+static void pair_check(lua_State *L, int index, int argument, struct key *key) {
+  int64_t n[2];
+  if (!has_two_values(L, index))
+    argument_error(L, argument, "a pair of 32-bit integers expected, got another table");
+  for (int i = 0; i < 2; i++) {
+    enum number is;
+    lua_rawgeti(L, index, i + 1);
+    is = exact_integer(L, lua_gettop(L), &n[i]);
+    if (is != EXACT || n[i] < INT32_MIN || n[i] > INT32_MAX)
+      argument_error(L, argument,
+                     lua_pushfstring(L, "a pair of 32-bit integers expected, [%d] is %s", i + 1,
+                                     is == NOT_A_NUMBER ? luaL_typename(L, -1)
+                                     : is == NOT_EXACT  ? "no exact integer"
+                                                        : "out of range"));
+    lua_pop(L, 1);
+  }
+  key->classid = (uint32_t)n[0];
+  key->objid = (uint32_t)n[1];
+  key->objsubid = 2;
+}
+
+static void name_check(lua_State *L, int index, int argument, const struct hashing *how,
+                       struct key *key) {
+  size_t length;
+  int64_t n;
+  const char *name = lua_tolstring(L, index, &length);
+  if (how->namespace != NULL && !how->takes_namespace)
+    argument_error(L, argument + how->explicit_namespace,
+                   lua_pushfstring(L, "hash '%s' takes no namespace", how->scheme));
+  if (!how->digest(name, length, how->namespace, how->namespace_length, &n))
+    luaL_error(L, "libcrypto could not hash the name");
+  set_big(key, n);
+}
+
+void key_check(lua_State *L, int index, int argument, const struct hashing *how,
+               struct key *key) {
+  struct key_userdata *other;
+  int64_t n;
+  if (lua_type(L, index) == LUA_TSTRING) {
+    name_check(L, index, argument, how, key);
+    return;
+  }
+  if (how->explicit_scheme || how->explicit_namespace)
+    argument_error(L, argument + 1, lua_pushfstring(L, "option '%s' is for names only",
+                                                    how->explicit_scheme ? "hash" : "namespace"));
+  switch (exact_integer(L, index, &n)) {
+  case EXACT:
+    set_big(key, n);
+    return;
+  case NOT_EXACT:
+    argument_error(L, argument, "number has no exact representation as a 64-bit integer");
+    return;
+  case NOT_A_NUMBER:
+    break;
+  }
+  other = test_userdata(L, index, KEY_TYPE, sizeof *other, MAGIC);
+  if (other != NULL)
+    *key = other->key;
+  else if (lua_type(L, index) == LUA_TTABLE)
+    pair_check(L, index, argument, key);
+  else
+    type_error(L, argument, "integer, pair of integers or string", index);
+}
+
+/* ---- showing keys ---------------------------------------------------------------------- */
+
+static int64_t key_number(const struct key *key) {
+  return (int64_t)((uint64_t)key->classid << 32 | key->objid);
+}
+
+static void key_format(const struct key *key, char *buffer, size_t size) {
+  if (key->objsubid == 2)
+    snprintf(buffer, size, "(%d, %d)", (int)(int32_t)key->classid, (int)(int32_t)key->objid);
+  else
+    snprintf(buffer, size, "%lld", (long long)key_number(key));
+}
+
+void text_escape(const char *text, size_t length, char *buffer, size_t size) {
+  size_t used = 0, i;
+  for (i = 0; i < length && used + 8 < size; i++) {
+    unsigned char c = (unsigned char)text[i];
+    if (c < ' ' || c > '~' || c == '"' || c == '\\' || c == '*')
+      used += (size_t)snprintf(buffer + used, size - used, "\\x%02X", c);
+    else
+      buffer[used++] = (char)c;
+  }
+  snprintf(buffer + used, size - used, i < length ? "..." : "");
+}
+
+void key_describe(const struct key *key, const char *name, size_t length, char *buffer,
+                  size_t size) {
+  if (name == NULL) {
+    key_format(key, buffer, size);
+    return;
+  }
+  buffer[0] = '"';
+  text_escape(name, length, buffer + 1, size - 2);
+  strcat(buffer, "\"");
+}
+
+bool key_equal(const struct key *a, const struct key *b) {
+  return a->classid == b->classid && a->objid == b->objid && a->objsubid == b->objsubid;
+}
+
+/* 64-bit keys ascending, then pairs: the order in which many are locked. */
+static int key_compare(const struct key *a, const struct key *b) {
+  int64_t x = key_number(a), y = key_number(b);
+  if (a->objsubid != b->objsubid) return a->objsubid < b->objsubid ? -1 : 1;
+  if (a->objsubid == 2 && a->classid == b->classid) {
+    x = (int32_t)a->objid;
+    y = (int32_t)b->objid;
+  }
+  return (x > y) - (x < y);
+}
+
+/* ---- the key object -------------------------------------------------------------------- */
+
+void key_push(lua_State *L, const struct key *key) {
+  struct key_userdata *u = new_userdata(L, sizeof *u);
+  u->magic = MAGIC;
+  u->key = *key;
+  luaL_setmetatable(L, KEY_TYPE);
+}
+
+static const struct key *self(lua_State *L, int index) {
+  struct key_userdata *u = check_userdata(L, index, KEY_TYPE, sizeof *u, MAGIC);
+  return &u->key;
+}
+
+static int key_eq(lua_State *L) {
+  const struct key_userdata *a = test_userdata(L, 1, KEY_TYPE, sizeof *a, MAGIC);
+  const struct key_userdata *b = test_userdata(L, 2, KEY_TYPE, sizeof *b, MAGIC);
+  lua_pushboolean(L, a != NULL && b != NULL && key_equal(&a->key, &b->key));
+  return 1;
+}
+
+static int key_lt(lua_State *L) {
+  lua_pushboolean(L, key_compare(self(L, 1), self(L, 2)) < 0);
+  return 1;
+}
+
+static int key_le(lua_State *L) {
+  lua_pushboolean(L, key_compare(self(L, 1), self(L, 2)) <= 0);
+  return 1;
+}
+
+static int key_tostring(lua_State *L) {
+  char text[32];
+  key_format(self(L, 1), text, sizeof text);
+  lua_pushstring(L, text);
+  return 1;
+}
+
+static int key_index(lua_State *L) {
+  const struct key *key = self(L, 1);
+  const char *field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
+  if (strcmp(field, "classid") == 0)
+    lua_pushnumber(L, key->classid);
+  else if (strcmp(field, "objid") == 0)
+    lua_pushnumber(L, key->objid);
+  else if (strcmp(field, "objsubid") == 0)
+    lua_pushnumber(L, key->objsubid);
+  else
+    return 0;
+#if LUA_VERSION_NUM >= 503
+  lua_pushinteger(L, (lua_Integer)lua_tonumber(L, -1));
+#endif
+  return 1;
+}
+
+static void options_check(lua_State *L, int index, int argument, struct hashing *how) {
+  if (lua_isnoneornil(L, index)) return;
+  if (!lua_istable(L, index)) type_error(L, argument, "table of options", index);
+  for (lua_pushnil(L); lua_next(L, index); lua_pop(L, 1))
+    if (lua_type(L, -2) != LUA_TSTRING ||
+        !key_option(L, lua_tostring(L, -2), lua_gettop(L), argument, how))
+      option_error(L, argument);
+}
+
+/* key(key [, { hash =, namespace = }]) */
+static int make_key(lua_State *L) {
+  struct hashing how = key_defaults(L);
+  struct key key;
+  lua_settop(L, 2);
+  options_check(L, 2, 2, &how);
+  key_check(L, 1, 1, &how, &key);
+  key_push(L, &key);
+  return 1;
+}
+
+/* key_defaults({ hash =, namespace = }): for every later call; without them, as at the start. */
+static int set_defaults(lua_State *L) {
+  struct hashing how = {0}, *defaults;
+  lua_settop(L, 1);
+  find_scheme("sha256", &how);
+  options_check(L, 1, 1, &how);
+  how.explicit_scheme = how.explicit_namespace = false;
+  if (how.namespace != NULL && !how.takes_namespace)
+    argument_error(L, 1, lua_pushfstring(L, "hash '%s' takes no namespace", how.scheme));
+  defaults = new_userdata(L, sizeof *defaults);
+  *defaults = how;
+  lua_newtable(L); /* keeps the namespace alive */
+  lua_pushvalue(L, 1);
+  lua_rawseti(L, -2, 1);
+  if (how.namespace != NULL) {
+    lua_pushlstring(L, how.namespace, how.namespace_length);
+    defaults->namespace = lua_tostring(L, -1);
+    lua_rawseti(L, -2, 1);
+  }
+  set_environment(L, -2);
+  lua_setfield(L, LUA_REGISTRYINDEX, DEFAULTS);
+  return 0;
+}
+
+static const luaL_Reg key_metamethods[] = {
+    {"__eq", key_eq}, {"__index", key_index},       {"__le", key_le},
+    {"__lt", key_lt}, {"__tostring", key_tostring}, {NULL, NULL}};
+
+static const luaL_Reg functions[] = {
+    {"key", make_key}, {"key_defaults", set_defaults}, {NULL, NULL}};
+
+void key_open(lua_State *L) {
+  luaL_setfuncs(L, functions, 0);
+  luaL_newmetatable(L, KEY_TYPE);
+  luaL_setfuncs(L, key_metamethods, 0);
+  lua_pop(L, 1);
+  lua_getglobal(L, "tostring");
+  lua_setfield(L, LUA_REGISTRYINDEX, TOSTRING);
+  lua_pushcfunction(L, set_defaults);
+  lua_call(L, 0, 0);
+}

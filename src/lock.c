@@ -1,0 +1,844 @@
+/* lock.c: the lock userdata: acquire, guard, release.
+ *
+ * An error of an acquire or a release does not say whether the session holds the lock: a
+ * lock_timeout or a cancel may strike when the lock has just been granted. So after every error
+ * the guard asks pg_locks, and adopts the lock or lets it go, before anybody is told. */
+#include "pglocks.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define MAGIC 0x70676c6cu
+#define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
+#define CANCELLED_AT_MOST 50
+
+/* A lock in LOCK_HELD is held as long as its session is open. */
+enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
+
+struct lock {
+  uint32_t magic;
+  enum lock_state state;
+  bool shared, acquired;
+  struct key key;
+  struct session *session;     /* NULL: collected */
+  struct holding *holding;     /* while held */
+  struct lock *next, **link;   /* all locks on the holding */
+  double waited;               /* seconds */
+  size_t name_length;
+  bool has_name;
+  char name[];
+};
+
+/* ---- holdings -------------------------------------------------------------------------- */
+
+static size_t bucket_of(const struct session *s, const struct key *key, bool shared) {
+  uint64_t h = (uint64_t)key->classid << 32 | key->objid;
+  h = (h ^ (uint64_t)key->objsubid << 1 ^ shared) * 0x9e3779b97f4a7c15u;
+  return (size_t)(h >> 32) & (s->bucket_count - 1);
+}
+
+static struct holding **holding_find(struct session *s, const struct key *key, bool shared) {
+  struct holding **h = &s->buckets[bucket_of(s, key, shared)];
+  while (*h != NULL && !((*h)->shared == shared && key_equal(&(*h)->key, key))) h = &(*h)->next;
+  return h;
+}
+
+/* More buckets; without memory for them the chains just grow longer. */
+static void holdings_grow(struct session *s) {
+  size_t old_count = s->bucket_count;
+  struct holding **old = s->buckets, **more = calloc(old_count * 4, sizeof *more);
+  if (more == NULL) return;
+  s->buckets = more;
+  s->bucket_count = old_count * 4;
+  for (size_t i = 0; i < old_count; i++)
+    while (old[i] != NULL) {
+      struct holding *h = old[i], **to = holding_find(s, &h->key, h->shared);
+      old[i] = h->next;
+      h->next = *to;
+      *to = h;
+    }
+  if (old != s->first_buckets) free(old);
+}
+
+/* The holding of a key and mode, made where there is none; NULL without memory. */
+static struct holding *holding_get(struct session *s, const struct key *key, bool shared) {
+  struct holding **at, *h;
+  if (s->holding_count >= s->bucket_count * 2) holdings_grow(s);
+  at = holding_find(s, key, shared);
+  if (*at != NULL) return *at;
+  h = s->spare_holdings;
+  if (h != NULL)
+    s->spare_holdings = h->next;
+  else if ((h = malloc(sizeof *h)) == NULL)
+    return NULL;
+  memset(h, 0, sizeof *h);
+  h->key = *key;
+  h->shared = shared;
+  *at = h;
+  s->holding_count++;
+  return h;
+}
+
+/* Forgets a holding that nothing is held, in flight or in doubt on. */
+static void holding_put(struct session *s, struct holding *h) {
+  struct holding **at;
+  if (h->count > 0 || h->releasing > 0 || h->doubtful || s->op.holding == h) return;
+  at = holding_find(s, &h->key, h->shared);
+  *at = h->next;
+  h->next = s->spare_holdings;
+  s->spare_holdings = h;
+  s->holding_count--;
+}
+
+static void holding_doubt(struct session *s, struct holding *h) {
+  if (!h->doubtful) s->doubtful++;
+  h->doubtful = true;
+}
+
+static void holding_trust(struct session *s, struct holding *h) {
+  if (!h->doubtful) return;
+  h->doubtful = false;
+  if (--s->doubtful == 0) s->settle_rounds = 0;
+}
+
+void holding_answered(struct session *s, const struct command *command) {
+  struct holding *h = command->holding;
+  const struct answer *answer = &command->answer;
+  if (answer->failed)
+    holding_doubt(s, h);
+  else if (command->settles)
+    holding_trust(s, h);
+  else if (answer->value != VALUE_TRUE) {
+    failure_set(&s->release_failure, NOT_HELD, "", "the server did not hold a lock that was released");
+    s->release_key = h->key;
+  }
+  holding_put(s, h);
+}
+
+void holdings_settle(struct session *s) {
+  if (s->doubtful == 0 || s->transaction_failed) return;
+  if (s->settle_rounds++ > CANCELLED_AT_MOST) {
+    session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
+    return;
+  }
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->doubtful && h->releasing == 0 && s->pg != NULL)
+        command_guard(s, GUARD_UNLOCK, &h->key, h->shared, h);
+}
+
+void holdings_free(struct session *s) {
+  for (size_t i = 0; i <= s->bucket_count; i++) {
+    struct holding *h = i < s->bucket_count ? s->buckets[i] : s->spare_holdings, *next;
+    for (; h != NULL; h = next) {
+      next = h->next;
+      free(h);
+    }
+  }
+  if (s->buckets != s->first_buckets) free(s->buckets);
+}
+
+static void name_push(lua_State *L, const struct lock *lock) {
+  if (lock->has_name)
+    lua_pushlstring(L, lock->name, lock->name_length);
+  else
+    lua_pushnil(L);
+}
+
+void holdings_push(lua_State *L, const struct session *s, bool any) {
+  int n = 0;
+  lua_newtable(L);
+  for (size_t i = 0; any && i < s->bucket_count; i++)
+    for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next) {
+      if (h->count == 0) continue;
+      lua_createtable(L, 0, 5);
+      key_push(L, &h->key);
+      lua_setfield(L, -2, "key");
+      name_push(L, h->locks);
+      lua_setfield(L, -2, "name");
+      lua_pushstring(L, h->shared ? "shared" : "exclusive");
+      lua_setfield(L, -2, "mode");
+      lua_pushliteral(L, "session");
+      lua_setfield(L, -2, "scope");
+      lua_pushinteger(L, h->count);
+      lua_setfield(L, -2, "count");
+      lua_rawseti(L, -2, ++n);
+    }
+}
+
+static void lock_link(struct lock *lock, struct holding *h) {
+  lock->holding = h;
+  lock->link = &h->locks;
+  lock->next = h->locks;
+  if (lock->next != NULL) lock->next->link = &lock->next;
+  h->locks = lock;
+  h->count++;
+}
+
+static void lock_unlink(struct lock *lock) {
+  *lock->link = lock->next;
+  if (lock->next != NULL) lock->next->link = lock->link;
+  lock->holding->count--;
+  lock->holding = NULL;
+}
+
+static void lock_describe(const struct lock *lock, char key[NAME_IN_MESSAGE]) {
+  key_describe(&lock->key, lock->has_name ? lock->name : NULL, lock->name_length, key,
+               NAME_IN_MESSAGE);
+}
+
+/* ---- the guard ------------------------------------------------------------------------- */
+
+/* Of acquire, release and check alike. MAIN is the statement itself; all else follows errors. */
+enum state {
+  MAIN,
+  UNDO,  /* puts the user's transaction right, then goes on with op.resume */
+  GUARD, /* is it held? adopts it, or lets it go */
+  SETTLE /* an earlier release is in doubt: let go what it may have left, then MAIN */
+};
+
+static void acquire_send(struct session *s);
+static void conclude(struct session *s, bool held);
+
+static void go(struct session *s, enum state state) {
+  struct operation *op = &s->op;
+  struct holding *h = op->holding;
+  op->state = (int)state;
+  switch (state) {
+  case MAIN:
+    acquire_send(s);
+    break;
+  case UNDO:
+    command_simple(s, "ROLLBACK TO SAVEPOINT pglocks", "RELEASE SAVEPOINT pglocks");
+    break;
+  case GUARD:
+    command_guard(s, op->guard, &h->key, h->shared, NULL);
+    break;
+  case SETTLE:
+    command_guard(s, GUARD_UNLOCK, &h->key, h->shared, NULL);
+    break;
+  }
+}
+
+/* A statement failed: goes to `state`, by way of the savepoint inside a transaction. */
+static void recover(struct session *s, enum state state) {
+  s->op.resume = (int)state;
+  go(s, s->in_transaction ? UNDO : state);
+}
+
+static void finished(struct session *s, enum code code, const char *message) {
+  struct holding *h = s->op.holding;
+  s->op.holding = NULL;
+  if (h != NULL) holding_put(s, h);
+  operation_done(s, code, s->op.failure.sqlstate, "%s", message);
+}
+
+/* The guard's own answers. True: it is not MAIN that was answered. */
+static bool settling(struct session *s) {
+  struct operation *op = &s->op;
+  struct holding *h = op->holding;
+  bool found = op->answer.value == VALUE_TRUE;
+  if (op->state == MAIN) return false;
+  if (op->answer.failed && op->state == UNDO) {
+    /* No savepoint to go back to: the transaction was aborted before the statement ran, and the
+     * guard must wait for its end. */
+    if (h->count == 0) holding_doubt(s, h);
+    finished(s, ABORTED_TRANSACTION, op->answer.failure.message);
+  } else if (op->answer.failed) {
+    if (op->answer.failure.code == INTERRUPTED && op->rounds++ < CANCELLED_AT_MOST)
+      recover(s, (enum state)op->state);
+    else
+      session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
+  } else if (op->state == UNDO)
+    go(s, (enum state)op->resume);
+  else if (op->state == GUARD && op->guard == GUARD_LOOK)
+    conclude(s, found);
+  else if (found) /* unlocked once: look again */
+    go(s, (enum state)op->state);
+  else if (op->state == GUARD)
+    conclude(s, false);
+  else {
+    holding_trust(s, h);
+    go(s, MAIN);
+  }
+  return true;
+}
+
+/* ---- acquire --------------------------------------------------------------------------- */
+
+enum demand { DEMAND_LOCK, DEMAND_TRY, DEMAND_ATTEMPT };
+
+static void acquire_send(struct session *s) {
+  struct operation *op = &s->op;
+  struct holding *h = op->holding;
+  enum verb verb = op->timeout < 0 ? VERB_LOCK : op->timeout > 0 ? VERB_LOCK_TIMED : VERB_TRY;
+  char milliseconds[12];
+  if (verb == VERB_LOCK_TIMED) {
+    double left = op->timeout;
+    if (op->rounds > 0) left += op->started - monotonic_now();
+    /* a whole number and at least 1: 0 would mean for ever */
+    snprintf(milliseconds, sizeof milliseconds, "%.0f", fmax(1, ceil(left * 1000)));
+  }
+  command_statement(s, verb, &h->key, h->shared, verb == VERB_LOCK_TIMED ? milliseconds : NULL,
+                    op->comment, NULL);
+}
+
+static void granted(struct session *s) {
+  struct operation *op = &s->op;
+  struct lock *lock = op->lock;
+  lock_link(lock, op->holding);
+  lock->state = LOCK_HELD;
+  lock->acquired = true;
+  lock->waited = monotonic_now() - op->started;
+  op->failure.code = NO_ERROR;
+  finished(s, NO_ERROR, "");
+}
+
+static void refused(struct session *s) {
+  struct operation *op = &s->op;
+  const struct lock *lock = op->lock;
+  char key[NAME_IN_MESSAGE];
+  if (op->failure.code != TIMEOUT) {
+    finished(s, op->failure.code, op->failure.message);
+    return;
+  }
+  lock_describe(lock, key);
+  if (op->timeout > 0)
+    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s within %.7g s", key, op->timeout);
+  else
+    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds it", key);
+  finished(s, TIMEOUT, op->failure.message);
+}
+
+static void acquire_advance(struct session *s) {
+  struct operation *op = &s->op;
+  if (settling(s)) return;
+  if (op->answer.failed) {
+    op->failure = op->answer.failure;
+    if (op->interrupted) op->failure.code = INTERRUPTED;
+    /* A release in doubt before us may have left the server counting 2: adopt no such lock. */
+    op->guard = op->failure.code == TIMEOUT && !op->holding->doubtful ? GUARD_LOOK : GUARD_UNLOCK;
+    recover(s, GUARD);
+  } else if (op->holding->doubtful) {
+    /* The release before us went wrong, so that the server may count 2: from the start again. */
+    op->rounds++;
+    go(s, SETTLE);
+  } else if (op->answer.value == VALUE_FALSE) {
+    op->failure.code = op->interrupted ? INTERRUPTED : TIMEOUT;
+    refused(s);
+  } else if (op->interrupted) {
+    failure_set(&op->failure, INTERRUPTED, "", "interrupted");
+    op->guard = GUARD_UNLOCK;
+    go(s, GUARD);
+  } else
+    granted(s);
+}
+
+static void give_back_pending(lua_State *L) {
+  push_environment(L, 1);
+  lua_rawgeti(L, -1, SLOT_PENDING);
+  lua_pushboolean(L, 0);
+  lua_rawseti(L, -3, SLOT_PENDING);
+  lua_remove(L, -2);
+}
+
+static int acquire_finish(lua_State *L, struct session *s) {
+  struct operation *op = &s->op;
+  enum demand demand = (enum demand)op->demand;
+  bool waited = op->timeout > 0;
+  give_back_pending(L);
+  if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
+    operation_drop(s);
+    if (demand == DEMAND_ATTEMPT) return 1;
+    lua_pushnil(L);
+    lua_pushstring(L, waited ? "timeout" : "busy");
+    return 2;
+  }
+  operation_end(L, s);
+  return 1;
+}
+
+static const struct operation_kind acquiring = {"lock", true, acquire_advance, acquire_finish};
+
+struct options {
+  struct hashing hashing;
+  bool shared;
+  double timeout; /* < 0: none */
+  int comment;    /* stack index, or 0 */
+};
+
+double timeout_check(lua_State *L, int index, int argument, const char *what) {
+  double timeout;
+  if (lua_type(L, index) != LUA_TNUMBER)
+    type_error(L, argument, lua_pushfstring(L, "%s: number of seconds", what), index);
+  timeout = lua_tonumber(L, index);
+  if (!(timeout >= 0) || isinf(timeout))
+    argument_error(L, argument,
+                   lua_pushfstring(L, "%s: finite number of seconds, not negative, expected", what));
+  return fmin(timeout, LONGEST_TIMEOUT);
+}
+
+static void option_check(lua_State *L, const char *option, int index, struct options *o) {
+  if (strcmp(option, "shared") == 0) {
+    if (!lua_isboolean(L, index)) type_error(L, 2, "option 'shared': boolean", index);
+    o->shared = lua_toboolean(L, index);
+  } else if (strcmp(option, "timeout") == 0)
+    o->timeout = timeout_check(L, index, 2, "option 'timeout'");
+  else if (strcmp(option, "comment") == 0) {
+    if (lua_type(L, index) != LUA_TSTRING && !lua_isboolean(L, index))
+      type_error(L, 2, "option 'comment': string or boolean", index);
+    lua_pushvalue(L, index);
+    lua_replace(L, 4);
+    o->comment = lua_toboolean(L, 4) ? 4 : 0;
+  } else if (!key_option(L, option, index, 2, &o->hashing))
+    option_error(L, 2);
+}
+
+/* The options at 3; 4 is a place for the comment. */
+static void options_check(lua_State *L, struct options *o) {
+  o->hashing = key_defaults(L);
+  o->shared = false;
+  o->timeout = -1;
+  o->comment = 0;
+  if (lua_isnil(L, 3)) return;
+  if (!lua_istable(L, 3)) type_error(L, 2, "table of options", 3);
+  for (lua_pushnil(L); lua_next(L, 3); lua_pop(L, 1)) {
+    if (lua_type(L, -2) != LUA_TSTRING) option_error(L, 2);
+    option_check(L, lua_tostring(L, -2), lua_gettop(L), o);
+  }
+}
+
+/* The SQL comment that shows an administrator who locks what, and where in the program. No byte
+ * of the name or of the caller's own text can end it. */
+static const char *comment_push(lua_State *L, int text, const struct lock *lock) {
+  char key[NAME_IN_MESSAGE], place[NAME_IN_MESSAGE], extra[NAME_IN_MESSAGE] = "";
+  size_t length;
+  const char *string;
+  lock_describe(lock, key);
+  push_caller(L);
+  string = lua_tolstring(L, -1, &length);
+  text_escape(string, length, place, sizeof place);
+  if (lua_type(L, text) == LUA_TSTRING) {
+    string = lua_tolstring(L, text, &length);
+    text_escape(string, length, extra, sizeof extra);
+  }
+  return lua_pushfstring(L, "/* pglocks %s at %s%s%s */ ", key, place, *extra ? ": " : "", extra);
+}
+
+/* The lock exists, closed, before anything is sent: nothing that Lua may refuse comes after. */
+static struct lock *lock_new(lua_State *L, struct session *s, const struct key *key,
+                             const struct options *o) {
+  size_t length = 0;
+  const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tolstring(L, 2, &length) : NULL;
+  struct lock *lock = new_userdata(L, sizeof *lock + length);
+  memset(lock, 0, sizeof *lock);
+  lock->magic = MAGIC;
+  lock->state = LOCK_CLOSED;
+  lock->key = *key;
+  lock->shared = o->shared;
+  lock->name_length = length;
+  lock->has_name = name != NULL;
+  if (name != NULL) memcpy(lock->name, name, length);
+  luaL_setmetatable(L, LOCK_TYPE);
+  push_environment(L, 1);
+  set_environment(L, -2);
+  lock->session = s;
+  s->refs++;
+  return lock;
+}
+
+/* Connection, key, options. The server enforces the timeout; the client's deadline behind it is
+ * for a server that does not answer. */
+static struct session *acquire_begin(lua_State *L, enum demand demand) {
+  struct session *s;
+  struct options o;
+  struct key key;
+  struct lock *lock;
+  struct holding *h;
+  const char *comment = NULL;
+  lua_settop(L, 4);
+  connection_check(L, 1);
+  options_check(L, &o);
+  key_check(L, 2, 1, &o.hashing, &key);
+  s = connection_ready(L, 1);
+  if (demand != DEMAND_LOCK && o.timeout < 0) o.timeout = 0;
+  lock = lock_new(L, s, &key, &o);
+  slot_set(L, 1, SLOT_PENDING);
+  if (o.comment != 0) {
+    comment = comment_push(L, o.comment, lock);
+    slot_set(L, 1, SLOT_COMMENT);
+  }
+  h = holding_get(s, &key, o.shared);
+  if (h == NULL) luaL_error(L, "not enough memory");
+  if (h->count > 0 && !session_alive(s)) connection_ready(L, 1); /* raises lost */
+
+  operation_begin(s, &acquiring,
+                  o.timeout < 0 ? INFINITY : monotonic_now() + o.timeout + s->reply_timeout);
+  s->op.lock = lock;
+  s->op.holding = h;
+  s->op.key = key;
+  s->op.has_key = true;
+  s->op.demand = (int)demand;
+  s->op.timeout = o.timeout;
+  s->op.comment = comment;
+  lock->state = LOCK_ACQUIRING;
+  if (h->count > 0) /* ours already: the server is not asked to count */
+    granted(s);
+  else if (s->transaction_failed)
+    finished(s, ABORTED_TRANSACTION, "the transaction is aborted: nothing was locked");
+  else
+    go(s, h->doubtful ? SETTLE : MAIN);
+  return s;
+}
+
+static int connection_lock(lua_State *L) {
+  return operation_complete(L, acquire_begin(L, DEMAND_LOCK));
+}
+
+static int connection_try_lock(lua_State *L) {
+  return operation_complete(L, acquire_begin(L, DEMAND_TRY));
+}
+
+/* attempt(conn, key, options): as try_lock, but a lock object either way: `acquired` tells. */
+static int attempt(lua_State *L) { return operation_complete(L, acquire_begin(L, DEMAND_ATTEMPT)); }
+
+static int start_lock(lua_State *L) {
+  acquire_begin(L, DEMAND_LOCK);
+  return 0;
+}
+
+static int start_try_lock(lua_State *L) {
+  acquire_begin(L, DEMAND_TRY);
+  return 0;
+}
+
+static int start_attempt(lua_State *L) {
+  acquire_begin(L, DEMAND_ATTEMPT);
+  return 0;
+}
+
+/* ---- release --------------------------------------------------------------------------- */
+
+static void release_advance(struct session *s) {
+  struct operation *op = &s->op;
+  if (settling(s)) return;
+  if (op->answer.failed) {
+    op->guard = GUARD_UNLOCK;
+    recover(s, GUARD);
+  } else if (op->answer.value == VALUE_TRUE)
+    finished(s, NO_ERROR, "");
+  else
+    finished(s, NOT_HELD, "the server did not hold the lock any more");
+}
+
+enum { RELEASE_DONE, RELEASE_OF_NOTHING };
+
+static int release_finish(lua_State *L, struct session *s) {
+  bool nothing = s->op.demand == RELEASE_OF_NOTHING;
+  operation_end(L, s);
+  if (nothing) {
+    lua_pushnil(L);
+    lua_pushliteral(L, "not held");
+    return 2;
+  }
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+static const struct operation_kind releasing = {"release", false, release_advance,
+                                                release_finish};
+
+static bool is_ours(const struct session *s) {
+  return s->state == SESSION_OPEN && !session_is_foreign(s);
+}
+
+/* Lets go of one lock on a holding. True: the server's own lock must go too. */
+static bool lock_leave(struct session *s, struct lock *lock) {
+  struct holding *h = lock->holding;
+  lock->state = LOCK_RELEASED;
+  lock_unlink(lock);
+  if (!is_ours(s) || h->count > 0) return false;
+  if (!s->transaction_failed) return true;
+  holding_doubt(s, h); /* refused until the transaction has ended: then the guard lets it go */
+  return false;
+}
+
+static void release_send(struct session *s, struct holding *h, struct holding *answered) {
+  command_statement(s, VERB_UNLOCK, &h->key, h->shared, NULL, NULL, answered);
+}
+
+/* Without waiting for the answer. */
+static void release_now(struct session *s, struct lock *lock) {
+  struct holding *h = lock->holding;
+  if (lock_leave(s, lock))
+    release_send(s, h, h);
+  else
+    holding_put(s, h);
+}
+
+/* The session must be free. */
+static void release_begin(struct session *s, struct lock *lock) {
+  struct holding *h = lock->holding;
+  struct operation *op = &s->op;
+  operation_begin(s, &releasing, monotonic_now() + s->reply_timeout);
+  op->key = lock->key;
+  op->has_key = true;
+  if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
+    op->demand = RELEASE_OF_NOTHING;
+    operation_done(s, NO_ERROR, "", NULL);
+  } else if (s->state == SESSION_LOST) {
+    lock_leave(s, lock);
+    operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
+  } else if (s->deferred) {
+    release_now(s, lock);
+    if (!op->done) operation_done(s, NO_ERROR, "", NULL);
+  } else if (lock_leave(s, lock)) {
+    op->holding = h;
+    release_send(s, h, NULL);
+  } else {
+    holding_put(s, h);
+    operation_done(s, NO_ERROR, "", NULL);
+  }
+}
+
+/* ---- check ----------------------------------------------------------------------------- */
+
+static void check_advance(struct session *s) { settling(s); }
+
+static int check_finish(lua_State *L, struct session *s) {
+  operation_end(L, s);
+  lua_pushboolean(L, 1);
+  return 1;
+}
+
+static const struct operation_kind checking = {"check", true, check_advance, check_finish};
+
+static void check_begin(struct session *s, struct lock *lock, double timeout) {
+  struct operation *op = &s->op;
+  operation_begin(s, &checking, monotonic_now() + timeout);
+  op->key = lock->key;
+  op->has_key = true;
+  op->guard = GUARD_LOOK;
+  if (lock->state == LOCK_HELD && s->state == SESSION_LOST)
+    operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
+  else if (lock->state == LOCK_LOST)
+    operation_done(s, LOST, "", "the server did not hold the lock any more");
+  else if (lock->state != LOCK_HELD || s->state != SESSION_OPEN)
+    operation_done(s, NOT_HELD, "", "this lock is not held");
+  else if (s->transaction_failed)
+    operation_done(s, ABORTED_TRANSACTION, "", "the transaction is aborted: nothing was asked");
+  else {
+    op->holding = lock->holding;
+    go(s, GUARD);
+  }
+}
+
+/* The server does not know the lock: something in this session let it go behind our back. */
+static void holding_lost(struct holding *h) {
+  while (h->locks != NULL) {
+    struct lock *lock = h->locks;
+    lock->state = LOCK_LOST;
+    lock_unlink(lock);
+  }
+}
+
+/* What the guard found out. */
+static void conclude(struct session *s, bool held) {
+  struct operation *op = &s->op;
+  if (op->state == GUARD && op->guard == GUARD_UNLOCK) holding_trust(s, op->holding);
+  if (op->kind == &checking) {
+    if (!held) holding_lost(op->holding);
+    finished(s, held ? NO_ERROR : LOST, "the server does not hold the lock any more");
+  } else if (op->kind == &releasing)
+    finished(s, NO_ERROR, "");
+  else if (held)
+    granted(s);
+  else if (strcmp(op->failure.sqlstate, "26000") == 0 && op->rounds++ == 0)
+    go(s, MAIN); /* somebody dropped the prepared statement: it never ran */
+  else
+    refused(s);
+}
+
+/* ---- methods --------------------------------------------------------------------------- */
+
+static struct lock *lock_check(lua_State *L) {
+  struct lock *lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  if (lock->session == NULL) luaL_argerror(L, 1, "this lock was collected");
+  return lock;
+}
+
+/* Puts the connection of the lock at 1 before it. */
+static struct session *connection_insert(lua_State *L, const struct lock *lock) {
+  push_environment(L, 1);
+  lua_rawgeti(L, -1, SLOT_CONNECTION);
+  lua_insert(L, 1);
+  lua_pop(L, 1);
+  return lock->session;
+}
+
+/* Before an operation on a lock: what is over is told by the operation itself. */
+static void lock_ready(lua_State *L, struct session *s) {
+  if (session_is_foreign(s) || s->op.kind != NULL || s->state == SESSION_OPEN)
+    connection_ready(L, 1);
+  else
+    connection_tell_loss(L, 1, s);
+}
+
+static struct session *release_prepare(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  struct session *s = connection_insert(L, lock);
+  /* What is only counted here, or not waited for, is no occasion to hear of a loss. */
+  if (lock->state == LOCK_HELD && (s->deferred || lock->holding->count > 1)) session_alive(s);
+  lock_ready(L, s);
+  release_begin(s, lock);
+  return s;
+}
+
+static int lock_release(lua_State *L) { return operation_complete(L, release_prepare(L)); }
+
+/* start.release(lock): the connection to drive. */
+static int start_release(lua_State *L) {
+  release_prepare(L);
+  lua_settop(L, 1);
+  return 1;
+}
+
+static struct session *check_prepare(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  double timeout = lock->session->reply_timeout;
+  struct session *s;
+  if (!lua_isnoneornil(L, 2)) timeout = timeout_check(L, 2, 1, "timeout");
+  s = connection_insert(L, lock);
+  lock_ready(L, s);
+  check_begin(s, lock, timeout);
+  return s;
+}
+
+static int lock_confirm(lua_State *L) { return operation_complete(L, check_prepare(L)); }
+
+static int start_check(lua_State *L) {
+  check_prepare(L);
+  lua_settop(L, 1);
+  return 1;
+}
+
+static int lock_held(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  struct session *s = connection_insert(L, lock);
+  lua_pushboolean(L, lock->state == LOCK_HELD && session_alive(s));
+  connection_tell_loss(L, 1, s);
+  return 1;
+}
+
+/* __close: as release(), but never raises. */
+static int lock_scope_end(lua_State *L) {
+  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct session *s = lock != NULL ? lock->session : NULL;
+  if (s == NULL || lock->state != LOCK_HELD) return 0;
+  if (s->op.kind != NULL || session_is_foreign(s))
+    release_now(s, lock);
+  else {
+    release_begin(s, lock);
+    operation_run(L, s);
+    operation_drop(s);
+  }
+  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR) {
+    connection_insert(L, lock);
+    connection_tell_loss(L, 1, s);
+  }
+  return 0;
+}
+
+/* __gc: only sends. */
+static int lock_collect(lua_State *L) {
+  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct session *s = lock != NULL ? lock->session : NULL;
+  if (s == NULL) return 0;
+  if (lock->state == LOCK_HELD)
+    release_now(s, lock);
+  else if (s->op.lock == lock) /* its connection goes too: nobody can drive the acquire on */
+    session_lose(s, LOST, "", "the acquire was abandoned");
+  lock->state = LOCK_RELEASED;
+  lock->session = NULL;
+  session_unref(s);
+  return 0;
+}
+
+static int lock_index(lua_State *L) {
+  struct lock *lock;
+  const char *field;
+  lua_settop(L, 2);
+  lua_pushvalue(L, 2);
+  lua_rawget(L, lua_upvalueindex(1));
+  if (!lua_isnil(L, -1)) return 1;
+  lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
+  if (strcmp(field, "acquired") == 0)
+    lua_pushboolean(L, lock->acquired);
+  else if (strcmp(field, "shared") == 0)
+    lua_pushboolean(L, lock->shared);
+  else if (strcmp(field, "key") == 0)
+    key_push(L, &lock->key);
+  else if (strcmp(field, "name") == 0)
+    name_push(L, lock);
+  else if (strcmp(field, "waited") == 0)
+    lua_pushnumber(L, lock->waited);
+  return 1;
+}
+
+static int lock_tostring(lua_State *L) {
+  static const char *const states[] = {"not held", "waited for", "held", "released", "lost"};
+  struct lock *lock = lock_check(L);
+  enum lock_state state = lock->state;
+  char key[NAME_IN_MESSAGE];
+  if (state == LOCK_HELD && lock->session->state != SESSION_OPEN)
+    state = lock->session->state == SESSION_LOST ? LOCK_LOST : LOCK_RELEASED;
+  lock_describe(lock, key);
+  lua_pushfstring(L, LOCK_TYPE ": %s, %s, %s", key, lock->shared ? "shared" : "exclusive",
+                  states[state]);
+  return 1;
+}
+
+static int connection_locks(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  bool open = session_alive(s);
+  connection_tell_loss(L, 1, s);
+  holdings_push(L, s, open);
+  return 1;
+}
+
+static const luaL_Reg lock_metamethods[] = {{"__close", lock_scope_end},
+                                            {"__gc", lock_collect},
+                                            {"__tostring", lock_tostring},
+                                            {NULL, NULL}};
+
+static const luaL_Reg lock_methods[] = {
+    {"check", lock_confirm}, {"held", lock_held}, {"release", lock_release}, {NULL, NULL}};
+
+static const luaL_Reg connection_methods[] = {{"lock", connection_lock},
+                                              {"locks", connection_locks},
+                                              {"try_lock", connection_try_lock},
+                                              {NULL, NULL}};
+
+static const luaL_Reg starters[] = {{"attempt", start_attempt},   {"check", start_check},
+                                    {"lock", start_lock},         {"release", start_release},
+                                    {"try_lock", start_try_lock}, {NULL, NULL}};
+
+static const luaL_Reg functions[] = {{"attempt", attempt}, {NULL, NULL}};
+
+void lock_open(lua_State *L) {
+  luaL_setfuncs(L, functions, 0);
+  lua_getfield(L, -1, "start");
+  luaL_setfuncs(L, starters, 0);
+  lua_getfield(L, -2, "connection");
+  luaL_setfuncs(L, connection_methods, 0);
+  lua_pop(L, 2);
+  luaL_newmetatable(L, LOCK_TYPE);
+  luaL_setfuncs(L, lock_metamethods, 0);
+  lua_getfield(L, -2, "lock");
+  luaL_setfuncs(L, lock_methods, 0);
+  lua_pushcclosure(L, lock_index, 1);
+  lua_setfield(L, -2, "__index");
+  lua_pop(L, 1);
+}

@@ -1,0 +1,300 @@
+/* pglocks.h: what the files of pglocks.core share, under the file that owns it.
+ *
+ *   session     a connection to PostgreSQL, shared by its userdata and its locks (connection.c)
+ *   command     messages up to one Sync, in flight on a session (command.c)
+ *   operation   what a caller waits for: one or more commands, and what follows from
+ *               their answers (connection.c drives it, its kind decides)
+ *   holding     a (key, mode) that the session holds or is about to; counts the locks on it
+ *   lock        a userdata, one for every acquire (lock.c)
+ *   key         what PostgreSQL locks (key.c)
+ *
+ * Two rules keep locks true. Everything an operation needs from Lua is allocated before
+ * anything is sent; and no Lua function is called while a PGresult is in a C variable. */
+#ifndef PGLOCKS_H
+#define PGLOCKS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* ppoll, dup3, dladdr */
+#endif
+
+#include <math.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include <libpq-fe.h>
+
+#include "compat.h"
+
+#define CONNECTION_TYPE "pglocks connection"
+#define LOCK_TYPE "pglocks lock"
+#define KEY_TYPE "pglocks key"
+#define ERROR_TYPE "pglocks error"
+
+#define NAME_IN_MESSAGE 160 /* bytes of a name that a message or a comment shows, with the NUL */
+
+/* ---- key.c ---------------------------------------------------------------------------- */
+
+/* As pg_locks shows it: objsubid 1 is a 64-bit key (classid its high half), 2 a pair. */
+struct key {
+  uint32_t classid, objid;
+  uint8_t objsubid;
+};
+
+typedef bool digest_function(const char *name, size_t length, const char *namespace,
+                             size_t namespace_length, int64_t *key);
+
+struct hashing {
+  const char *scheme;      /* its name, for messages */
+  digest_function *digest; /* false: libcrypto failed */
+  bool takes_namespace;
+  const char *namespace; /* NULL: none */
+  size_t namespace_length;
+  bool explicit_scheme, explicit_namespace; /* given in the call, not by setup */
+};
+
+/* Reads the key at `index`, the user's argument `argument`, or raises. */
+void key_check(lua_State *L, int index, int argument, const struct hashing *how, struct key *key);
+/* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
+bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);
+struct hashing key_defaults(lua_State *L);
+void key_push(lua_State *L, const struct key *key);
+bool key_equal(const struct key *a, const struct key *b);
+/* Printable ASCII, without quotes and asterisks: harmless in a message and in an SQL comment. */
+void text_escape(const char *text, size_t length, char *buffer, size_t size);
+/* "invoice 42" in quotes and escaped, 42 or (7, 42). */
+void key_describe(const struct key *key, const char *name, size_t length, char *buffer,
+                  size_t size);
+void key_open(lua_State *L); /* pushes nothing; adds to the module at the top of the stack */
+
+/* ---- module.c ------------------------------------------------------------------------- */
+
+/* Raises Lua's own kind of argument error. The function's name and the position are those of
+ * the caller outside pglocks' Lua files; `argument` counts without the connection. */
+int argument_error(lua_State *L, int argument, const char *expected);
+/* "expected, got <type>" */
+int type_error(lua_State *L, int argument, const char *expected, int index);
+/* "unknown option", for the key at -2 of a lua_next over the options. */
+int option_error(lua_State *L, int argument);
+/* Where the user's code called us, as luaL_where says it; pushes a string. */
+void push_caller(lua_State *L);
+/* The userdata at `index` if it is one of ours: right metatable, size and magic word. */
+void *test_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic);
+void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic);
+double monotonic_now(void); /* seconds */
+
+enum code {
+  NO_ERROR,
+  ABORTED_TRANSACTION,
+  BUSY_CONNECTION,
+  CLOSED,
+  CONNECT,
+  DEADLOCK,
+  FORKED,
+  INTERRUPTED,
+  LOST,
+  NOT_HELD,
+  PERMISSION,
+  POOLED,
+  SERVER,
+  STANDBY,
+  TIMEOUT,
+  TOO_MANY_CONNECTIONS,
+  TOO_MANY_LOCKS,
+  UNKNOWN
+};
+
+#define SQLSTATE_SIZE 6
+#define MESSAGE_SIZE 512
+
+/* What went wrong, as plain C: it becomes a Lua error object when Lua may be called. */
+struct failure {
+  enum code code;
+  char sqlstate[SQLSTATE_SIZE]; /* "": none */
+  char message[MESSAGE_SIZE];
+};
+
+#define FREED_BY 30 /* seconds after which the server has given up a connection we left */
+
+void failure_set(struct failure *failure, enum code code, const char *sqlstate,
+                 const char *format, ...) __attribute__((format(printf, 4, 5)));
+void failure_push(lua_State *L, const struct failure *failure, const struct key *key);
+
+/* ---- command.c ------------------------------------------------------------------------ */
+
+enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_TRUE };
+
+/* What the server said to a command. */
+struct answer {
+  bool failed;
+  enum value value; /* of the first row's first column, where it is a boolean or NULL */
+  struct failure failure;
+};
+
+struct holding;
+struct session;
+
+/* One command in flight, in the order sent. Who gets its answer: the session's operation, or,
+ * where it was sent without waiting, the holding whose release it is. */
+struct command {
+  struct command *next;
+  struct holding *holding; /* NULL: the answer is the operation's */
+  bool settles;            /* the guard for a doubtful holding, not its release */
+  bool keep_result;
+  int prepares;    /* statement that its first result answers, or -1 */
+  int results;     /* seen so far */
+  bool abandoned;  /* nobody wants its answer */
+  struct answer answer;
+};
+
+enum guard { GUARD_LOOK, GUARD_UNLOCK };
+
+/* The statements of lock.c, prepared when first used: verb, shared, pair. */
+enum verb { VERB_LOCK, VERB_LOCK_TIMED, VERB_TRY, VERB_UNLOCK, VERBS };
+enum { STATEMENTS = VERBS * 2 * 2 };
+
+/* Each sends one command. When that fails the session is lost, and the operation is done. */
+void command_statement(struct session *s, enum verb verb, const struct key *key, bool shared,
+                       const char *milliseconds, const char *comment, struct holding *holding);
+void command_guard(struct session *s, enum guard guard, const struct key *key, bool shared,
+                   struct holding *settles);
+void command_simple(struct session *s, const char *first, const char *second);
+void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
+void command_sync(struct session *s);
+/* Takes in what has arrived and hands out answers; never waits. False: the session is lost. */
+bool commands_collect(struct session *s);
+void commands_drop(struct session *s); /* the session is gone: nobody will answer */
+
+/* ---- connection.c --------------------------------------------------------------------- */
+
+enum session_state { SESSION_CONNECTING, SESSION_OPEN, SESSION_LOST, SESSION_CLOSED };
+
+struct operation_kind {
+  const char *name;
+  bool interruptible; /* Ctrl-C and cancel() end its wait */
+  /* Every command of it has been answered: send the next, or call operation_done. */
+  void (*advance)(struct session *s);
+  int (*finish)(lua_State *L, struct session *s); /* pushes what the call returns, or raises */
+};
+
+struct lock;
+struct cancel;
+
+struct operation {
+  const struct operation_kind *kind; /* NULL: the connection is free */
+  int state;                         /* of its kind */
+  bool done;
+  bool interrupted; /* a cancel was asked for: whatever is got is let go */
+  int unanswered;   /* commands in flight whose answer it waits for */
+  struct answer answer;
+  struct failure failure; /* once done; NO_ERROR: success */
+  double started, deadline; /* monotonic seconds; INFINITY: none */
+  PGresult *result;         /* of a query */
+  /* acquire, release and check */
+  struct lock *lock;
+  struct holding *holding;
+  struct key key; /* for errors */
+  bool has_key;
+  int demand; /* of its kind */
+  enum guard guard;
+  int resume;     /* the state after the transaction was put right */
+  int rounds;     /* of statements that a cancel hit */
+  double timeout; /* seconds, < 0: none */
+  const char *comment; /* SQL before the statement, kept alive by the environment; or NULL */
+};
+
+enum { BUCKETS = 16 };
+
+struct session {
+  PGconn *pg; /* NULL once closed, lost or forked */
+  int refs;
+  enum session_state state;
+  unsigned born; /* fork generation */
+  struct session *next, **link; /* all open sessions of the process, for fork */
+  struct failure loss;
+  bool doomed;    /* the server announced the end, and why stands in loss */
+  bool loss_told; /* on_lost has been called */
+  bool in_transaction, transaction_failed; /* after the last command that could change it */
+  bool deferred; /* releases are sent and their answers collected later */
+  bool pooled;
+  int backend_pid, server_version;
+  double reply_timeout; /* seconds */
+  struct command *oldest, **newest, *spare_commands;
+  struct holding **buckets, *first_buckets[BUCKETS], *spare_holdings;
+  size_t bucket_count, holding_count;
+  int doubtful, settle_rounds;
+  struct failure release_failure; /* of a deferred release, for on_lost */
+  struct key release_key;
+  struct cancel *cancel; /* a cancel request under way */
+  struct operation op;
+  uint32_t prepared; /* a bit for each statement */
+};
+
+/* Slots of a connection's environment, all filled when it is made, so that storing into them
+ * never allocates. */
+enum slot {
+  SLOT_CONNECTION = 1,
+  SLOT_PENDING,   /* the lock that an acquire is for */
+  SLOT_COMMENT,   /* keeps op.comment alive */
+  SLOT_INTERRUPT, /* the error that Ctrl-C raised during a wait */
+  SLOT_NOTHING,   /* a function that does nothing, for an interpreter's hook to interrupt */
+  SLOT_TELL_LOSS, /* calls on_lost */
+  SLOT_ON_LOST,
+  SLOTS = SLOT_ON_LOST
+};
+
+struct session *connection_check(lua_State *L, int index); /* whatever its state */
+/* A connection that may start an operation: raises closed, lost, forked, busy_connection. */
+struct session *connection_ready(lua_State *L, int index);
+void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
+void connection_open(lua_State *L);
+
+void session_unref(struct session *s);
+void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
+bool session_alive(struct session *s); /* looks at the socket, no round trip */
+bool session_is_foreign(const struct session *s); /* made by a parent process */
+void session_note_transaction(struct session *s);
+
+/* The environment of the connection at `index`; slot_set pops the value. */
+void slot_set(lua_State *L, int index, enum slot slot);
+void slot_get(lua_State *L, int index, enum slot slot);
+
+void operation_begin(struct session *s, const struct operation_kind *kind, double deadline);
+void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
+                    ...) __attribute__((format(printf, 4, 5)));
+/* Drives the steps until it is done. Connection at 1. */
+void operation_run(lua_State *L, struct session *s);
+/* operation_run, then what its kind returns to Lua. */
+int operation_complete(lua_State *L, struct session *s);
+/* The operation is over: raises if it failed. Connection at 1. */
+void operation_end(lua_State *L, struct session *s);
+void operation_drop(struct session *s); /* is over, whatever became of it */
+
+/* ---- query.c -------------------------------------------------------------------------- */
+
+void query_open(lua_State *L); /* adds to the methods at the top, and to `start` below it */
+
+/* ---- lock.c --------------------------------------------------------------------------- */
+
+struct holding {
+  struct key key;
+  bool shared;
+  bool doubtful;  /* a release went wrong: the guard has yet to settle it */
+  int count;      /* locks of ours on it; the server never counts past 1 */
+  int releasing;  /* releases and guards in flight that nobody waits for */
+  struct lock *locks;
+  struct holding *next; /* in its bucket, or among the spare ones */
+};
+
+/* A deferred release, or the guard after it, was answered. */
+void holding_answered(struct session *s, const struct command *command);
+/* Seconds >= 0, clamped to what PostgreSQL can count; or raises. */
+double timeout_check(lua_State *L, int index, int argument, const char *what);
+/* Sends the guard for every doubtful holding, unless the transaction must end first. */
+void holdings_settle(struct session *s);
+/* What is held: { { key =, name =, mode =, scope =, count = }, ... }; empty if not `any`. */
+void holdings_push(lua_State *L, const struct session *s, bool any);
+void holdings_free(struct session *s);
+void lock_open(lua_State *L);
+
+#endif
