@@ -61,18 +61,24 @@ test:
 
 sanitize:
 	@tools/install-deps test
-	@$(MAKE) -s --no-print-directory build/asan-5.4/pglocks/core.so build/asan-jit/pglocks/core.so
+	@$(MAKE) -s --no-print-directory build/forget_preload.so \
+	  build/asan-5.4/pglocks/core.so build/asan-jit/pglocks/core.so
 	@PGLOCKS_BUILD=asan- PGLOCKS_TEST_SLOW=4 \
-	PGLOCKS_UNDER="env LD_PRELOAD=$$($(CC) -print-file-name=libasan.so)" \
-	LSAN_OPTIONS=suppressions=$(CURDIR)/tools/lsan.supp:print_suppressions=0 \
+	LSAN_OPTIONS=print_suppressions=0$(addprefix :suppressions=$(CURDIR)/,$(wildcard tools/lsan.supp)) \
+	PGLOCKS_UNDER="env LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$(CURDIR)/build/forget_preload.so" \
 	tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+build/forget_preload.so: tools/forget_preload.c
+	@mkdir -p $(@D)
+	$(CC) -D_GNU_SOURCE $(STANDARD) -shared -o $@ $<
 
 valgrind:
 	@tools/install-deps ci
 	@$(MAKE) -s --no-print-directory all
 	@PGLOCKS_TEST_SLOW=10 \
 	PGLOCKS_UNDER="valgrind -q --error-exitcode=99 --leak-check=full --show-leak-kinds=definite \
-	  --errors-for-leak-kinds=definite --keep-debuginfo=yes --suppressions=$(CURDIR)/tools/valgrind.supp" \
+	  --errors-for-leak-kinds=definite --keep-debuginfo=yes \
+	  $(addprefix --suppressions=$(CURDIR)/,$(wildcard tools/valgrind.supp))" \
 	tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
 
 lint:

@@ -32,12 +32,15 @@ build = {
   type = "builtin",
   modules = {
     ["pglocks"] = "lua/pglocks/init.lua",
+    ["pglocks.connect"] = "lua/pglocks/connect.lua",
+    ["pglocks.scope"] = "lua/pglocks/scope.lua",
     ["pglocks.core"] = {
       sources = {
         "src/module.c",
         "src/connection.c",
         "src/command.c",
         "src/lock.c",
+        "src/query.c",
         "src/key.c",
       },
       libraries = { "pq", "crypto", "z", "pthread" },

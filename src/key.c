@@ -192,7 +192,7 @@ static void name_check(lua_State *L, int index, int argument, const struct hashi
   int64_t n;
   const char *name = lua_tolstring(L, index, &length);
   if (how->namespace != NULL && !how->takes_namespace)
-    argument_error(L, argument + how->explicit_namespace,
+    argument_error(L, argument + 1, /* the options: the defaults go together */
                    lua_pushfstring(L, "hash '%s' takes no namespace", how->scheme));
   if (!how->digest(name, length, how->namespace, how->namespace_length, &n))
     luaL_error(L, "libcrypto could not hash the name");

@@ -1,0 +1,275 @@
+-- A failed acquire may hold the lock. These tests stop a waiter's backend, so that the grant and
+-- the failure happen while it cannot react to either: what it then says is always the failure.
+-- Without the guard in src/lock.c every test of the first group leaves a lock behind.
+
+local support = require "spec.support"
+
+local KEYS = { ["a 64-bit key"] = -205618829, ["a pair"] = { 7, -42 } }
+local MODES = { exclusive = false, shared = true }
+
+local function each_key_and_mode(test)
+  for kind, key in pairs(KEYS) do
+    for mode, shared in pairs(MODES) do test(kind .. ", " .. mode, key, shared) end
+  end
+end
+
+local function granted(pid)
+  local rows = support.pg_locks(pid)
+  return #rows == 1 and rows[1].granted
+end
+
+-- Begins to wait for a lock; then, with the waiter's backend stopped, lets `fail` happen and the
+-- lock be granted, in this order or the other, and the backend go on.
+local function grant_and_fail(waiter, key, options, fail, fail_first)
+  local holder = support.connect()
+  local lock = holder:lock(key)
+  support.begin(waiter, "lock", key, options)
+  support.wait_until_waiting(waiter.backend_pid)
+  support.signal("STOP", waiter.backend_pid)
+  if fail_first then fail() end
+  lock:release()
+  support.wait_until("the grant", function() return granted(waiter.backend_pid) end)
+  if not fail_first then fail() end
+  support.signal("CONT", waiter.backend_pid)
+  return pcall(support.complete, waiter)
+end
+
+describe("the guard, when the lock is granted at the moment of", function()
+  after_each(support.finish)
+
+  each_key_and_mode(function(case, key, shared)
+    it("a timeout: adopts it (" .. case .. ")", function()
+      if support.cannot_signal() then return end
+      local waiter = support.connect()
+      local ok, lock = grant_and_fail(waiter, key, { shared = shared, timeout = 0.1 },
+        function() support.sleep(0.2) end, true)
+      assert.is_true(ok, lock)
+      assert.is_true(lock.acquired)
+      assert.is_true(lock:held())
+      assert.is_true(lock:check())
+      assert.is_true(granted(waiter.backend_pid))
+      assert.is_true(lock:release())
+      assert.same({}, support.pg_locks(waiter.backend_pid))
+    end)
+
+    for _, first in ipairs { true, false } do
+      local order = first and "before" or "after"
+
+      it("pg_cancel_backend " .. order .. " the grant: lets it go (" .. case .. ")", function()
+        if support.cannot_signal() then return end
+        local waiter = support.connect()
+        local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
+          support.observe("SELECT pg_cancel_backend($1)", waiter.backend_pid)
+        end, first)
+        assert.is_false(ok)
+        assert.equal("interrupted", err.code)
+        assert.equal("57014", err.sqlstate)
+        assert.same({}, support.pg_locks(waiter.backend_pid))
+        assert.same({}, waiter:locks())
+        assert.is_true(waiter:lock(key, { shared = shared }):release())
+      end)
+
+      it("conn:cancel() " .. order .. " the grant: lets it go (" .. case .. ")", function()
+        if support.cannot_signal() then return end
+        local waiter = support.connect()
+        local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
+          assert.is_true(waiter:cancel())
+        end, first)
+        assert.is_false(ok)
+        assert.equal("interrupted", err.code)
+        assert.same({}, support.pg_locks(waiter.backend_pid))
+        assert.is_true(waiter:lock(key, { shared = shared }):release())
+      end)
+    end
+
+    it("pg_terminate_backend: knows that the session is lost (" .. case .. ")", function()
+      if support.cannot_signal() then return end
+      local waiter = support.connect()
+      local pid = waiter.backend_pid
+      local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
+        support.observe("SELECT pg_terminate_backend($1)", pid)
+      end)
+      assert.is_false(ok)
+      assert.equal("lost", err.code)
+      assert.equal("57P01", err.sqlstate)
+      assert.is_false(waiter:alive())
+      support.wait_until("the lock to go with its session", function()
+        return #support.pg_locks(pid) == 0
+      end)
+    end)
+  end)
+
+  it("a timeout inside a transaction: adopts it, and the transaction goes on", function()
+    if support.cannot_signal() then return end
+    local waiter = support.connect()
+    waiter:query "BEGIN"
+    local ok, lock = grant_and_fail(waiter, 1, { timeout = 0.1 },
+      function() support.sleep(0.2) end, true)
+    assert.is_true(ok, lock)
+    assert.equal("0", waiter:query("SHOW lock_timeout")[1].lock_timeout)
+    waiter:query "ROLLBACK"
+    assert.is_true(lock:check())
+    assert.is_true(lock:release())
+  end)
+
+  it("pg_cancel_backend inside a transaction: lets it go, and the transaction goes on", function()
+    if support.cannot_signal() then return end
+    local waiter = support.connect()
+    waiter:query "BEGIN"
+    local ok, err = grant_and_fail(waiter, 1, {}, function()
+      support.observe("SELECT pg_cancel_backend($1)", waiter.backend_pid)
+    end)
+    assert.is_false(ok)
+    assert.equal("interrupted", err.code)
+    assert.same({}, support.pg_locks(waiter.backend_pid))
+    assert.equal(1, waiter:query("SELECT 1 AS one")[1].one)
+    waiter:query "COMMIT"
+  end)
+end)
+
+describe("the guard", function()
+  after_each(support.finish)
+
+  it("finds nothing after an ordinary timeout, and the server logs no warning", function()
+    local since = support.log()
+    local holder, waiter = support.connect(), support.connect()
+    for _, key in pairs(KEYS) do
+      for _, shared in pairs(MODES) do
+        local lock = holder:lock(key)
+        local options = { shared = shared, timeout = 0.01 }
+        assert.same({ nil, "timeout" }, { waiter:try_lock(key, options) })
+        local ok, err = pcall(waiter.lock, waiter, key, options)
+        assert.is_false(ok)
+        assert.equal("timeout", err.code)
+        assert.same({}, support.pg_locks(waiter.backend_pid))
+        lock:release()
+      end
+    end
+    if since then assert.is_nil(since():find("you don't own", 1, true)) end
+  end)
+
+  it("lets go after a release that failed", function()
+    local conn = support.connect()
+    conn:lock("warm"):release()
+    for _, key in pairs(KEYS) do
+      for _, shared in pairs(MODES) do
+        local lock = conn:lock(key, { shared = shared })
+        conn:query "DEALLOCATE ALL" -- the unlock statement is gone: the release fails
+        assert.is_true(lock:release())
+        assert.same({}, support.pg_locks(conn.backend_pid))
+      end
+    end
+  end)
+
+  it("lets go after a deferred release that failed", function()
+    local conn = support.connect { release = "deferred" }
+    conn:lock("warm"):release()
+    local lock = conn:lock "again"
+    conn:query "DEALLOCATE ALL"
+    assert.is_true(lock:release())
+    support.wait_until("the guard's work", function()
+      conn:ping()
+      return #support.pg_locks(conn.backend_pid) == 0
+    end)
+  end)
+
+  it("settles a failed deferred release before the key is taken again", function()
+    local conn = support.connect { release = "deferred" }
+    conn:lock("warm"):release()
+    local lock = conn:lock "again"
+    conn:query "DEALLOCATE ALL"
+    lock:release() -- fails, and its answer is collected by the next call
+    local again = conn:lock "again"
+    assert.is_true(again:check())
+    again:release()
+    conn:ping()
+    assert.same({}, support.pg_locks(conn.backend_pid)) -- counted once on the server, not twice
+  end)
+
+  it("prepares its statements anew when somebody has dropped them", function()
+    local conn = support.connect()
+    for _, statement in ipairs { "DEALLOCATE ALL", "DISCARD ALL" } do
+      conn:lock("invoice 42"):release()
+      conn:query(statement)
+      local lock = conn:lock("invoice 42", { timeout = 1 })
+      assert.is_true(lock:check())
+      assert.is_true(lock:release())
+      assert.same({ nil, "not held" }, { lock:release() })
+    end
+  end)
+
+  it("reports a deadlock, and the other locks are still held", function()
+    local a, b = support.connect(), support.connect()
+    local first, second = a:lock "first", b:lock "second"
+    b:query "SET deadlock_timeout = '10ms'" -- so that b, which comes last, is the victim
+    support.begin(a, "lock", "second")
+    support.wait_until_waiting(a.backend_pid)
+    support.begin(b, "lock", "first")
+    local ok, err = pcall(support.complete, b)
+    assert.is_false(ok)
+    assert.equal("deadlock", err.code)
+    assert.equal("40P01", err.sqlstate)
+    assert.equal(require "pglocks".key "first", err.key)
+    assert.is_true(second:check())
+    second:release()
+    assert.is_true(support.complete(a):held())
+    assert.is_true(first:check())
+  end)
+end)
+
+describe("a server that stops answering", function()
+  after_each(support.finish)
+
+  local function stopped(conn, fn)
+    support.signal("STOP", conn.backend_pid)
+    local seconds, ok, err = support.timed(pcall, fn)
+    support.signal("CONT", conn.backend_pid)
+    return seconds, ok, err
+  end
+
+  it("ends a wait at timeout + reply_timeout with `unknown`", function()
+    if support.cannot_signal() then return end
+    local conn = support.connect { reply_timeout = 0.3 }
+    local seconds, ok, err = stopped(conn, function() conn:lock("x", { timeout = 0.2 }) end)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.equal(30, err.free_by)
+    assert.is_true(seconds >= 0.5 and seconds < 1 * support.slow, seconds)
+    assert.is_false(conn:alive())
+  end)
+
+  for _, operation in ipairs { "release", "check" } do
+    it("ends a " .. operation .. " at reply_timeout with `unknown`", function()
+      if support.cannot_signal() then return end
+      local lost = {}
+      local conn = support.connect {
+        reply_timeout = 0.3,
+        on_lost = function(_, err) lost[#lost + 1] = err.code end,
+      }
+      local lock = conn:lock "x"
+      local seconds, ok, err = stopped(conn, function() lock[operation](lock) end)
+      assert.is_false(ok)
+      assert.equal("unknown", err.code)
+      assert.is_true(seconds >= 0.3 and seconds < 0.8 * support.slow, seconds)
+      assert.is_false(lock:held())
+      assert.same({ "lost" }, lost)
+    end)
+  end
+
+  it("ends ping and check at their own timeout", function()
+    if support.cannot_signal() then return end
+    local conn = support.connect()
+    local seconds, ok, err = stopped(conn, function() conn:ping(0.2) end)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.is_true(seconds >= 0.2 and seconds < 0.7 * support.slow, seconds)
+  end)
+
+  it("leaves a held lock held: nothing is known to be lost", function()
+    if support.cannot_signal() then return end
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    stopped(conn, function() assert.is_true(lock:held()) end)
+    assert.is_true(lock:check())
+  end)
+end)

@@ -1,0 +1,153 @@
+--- What the specs share: a server to talk to, ways to look at it, and other processes.
+--- Nothing here sleeps and hopes: `wait_until` polls something that can be observed.
+
+local pglocks = require "pglocks"
+
+local support = {}
+
+--- A factor for patience where everything is slower (valgrind, sanitizers).
+support.slow = tonumber(os.getenv "PGLOCKS_TEST_SLOW") or 1
+support.conninfo = assert(os.getenv "PGLOCKS_TEST_CONNINFO",
+  "no server: run the specs with `make test`")
+support.is_jit = rawget(_G, "jit") ~= nil
+support.core = require "pglocks.core"
+
+-- ---- connections ------------------------------------------------------------------------
+
+local open = {}
+
+--- A connection that the end of the test closes.
+function support.connect(options)
+  local described = { conninfo = support.conninfo }
+  for name, value in pairs(options or {}) do described[name] = value end
+  local conn = pglocks.connect(described)
+  open[#open + 1] = conn
+  return conn
+end
+
+local observer
+
+--- The specs' own eyes: a connection that takes no locks.
+function support.observe(sql, ...)
+  if not observer or not observer:alive() then observer = pglocks.connect(support.conninfo) end
+  return observer:query(sql, ...)
+end
+
+--- Rows of pg_locks: the advisory locks of the backend `pid`, or all of them.
+function support.pg_locks(pid)
+  return support.observe([[SELECT pid, mode, granted, classid, objid, objsubid FROM pg_locks
+    WHERE locktype = 'advisory' AND ($1::int IS NULL OR pid = $1) ORDER BY pid, objid, mode]], pid)
+end
+
+--- Closes what `connect` opened, and looks for locks that nobody holds any more. Say
+--- `after_each(support.finish)` in every spec that locks.
+function support.finish()
+  collectgarbage()
+  for _, conn in ipairs(open) do
+    if not conn:cancel() then conn:close() end
+  end
+  open = {}
+  collectgarbage()
+  support.wait_until("no lock to be left behind", function() return #support.pg_locks() == 0 end)
+end
+
+-- ---- waiting ----------------------------------------------------------------------------
+
+local sleeper
+
+--- Seconds; for polling and for letting a timeout pass, never for hoping.
+function support.sleep(seconds)
+  if not sleeper then sleeper = require "system".sleep end
+  sleeper(seconds)
+end
+
+--- Polls until `condition` is true; fails after `seconds` (10).
+function support.wait_until(what, condition, seconds)
+  local deadline = support.core.now() + (seconds or 10) * support.slow
+  repeat
+    local result = condition()
+    if result then return result end
+    support.sleep(0.005)
+  until support.core.now() > deadline
+  error("waited in vain for " .. what, 2)
+end
+
+--- Until the backend `pid` waits for an advisory lock.
+function support.wait_until_waiting(pid)
+  support.wait_until("backend " .. pid .. " to wait for a lock", function()
+    local locks = support.observe([[SELECT 1 AS one FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+      WHERE pid = $1 AND locktype = 'advisory' AND NOT granted AND wait_event_type = 'Lock']], pid)
+    return #locks > 0
+  end)
+end
+
+--- How long a call took, in seconds, before what it returned.
+function support.timed(fn, ...)
+  local began = support.core.now()
+  local function after(...) return support.core.now() - began, ... end
+  return after(fn(...))
+end
+
+-- ---- steps ------------------------------------------------------------------------------
+
+--- Begins an operation and does not wait: support.begin(conn, "lock", key, options). The
+--- request has been sent when this returns. `support.complete(conn)` waits and returns, or raises,
+--- what the blocking call would.
+function support.begin(conn, operation, ...)
+  support.core.start[operation](conn, ...)
+end
+
+function support.complete(conn)
+  support.core.run(conn)
+  return support.core.finish(conn)
+end
+
+-- ---- processes and signals --------------------------------------------------------------
+
+--- May backends be signalled? Not where the server is somebody else's: call
+--- `if support.cannot_signal() then return end` at the start of such a test: it marks the skip.
+function support.cannot_signal()
+  if os.getenv "PGLOCKS_TEST_DATA" then return false end
+  pending("this server's processes cannot be signalled")
+  return true
+end
+
+--- support.signal("STOP", pid)
+function support.signal(name, pid)
+  local result = os.execute(("kill -s %s %d"):format(name, pid))
+  assert(result == true or result == 0, "kill failed")
+end
+
+--- Starts `script` (Lua source; `...` are the arguments, strings) in another process with this
+--- runtime. The result has `pid`, `lines` (an iterator over what it prints, stderr included) and
+--- `close()`, which waits for its end.
+function support.spawn(script, ...)
+  local path = os.tmpname()
+  local file = assert(io.open(path, "w"))
+  file:write(script)
+  file:close()
+  local command = { "echo $$; exec", os.getenv "PGLOCKS_TEST_LUA" or "lua", path }
+  for i = 1, select("#", ...) do
+    command[#command + 1] = "'" .. tostring((select(i, ...))):gsub("'", [['\'']]) .. "'"
+  end
+  local pipe = assert(io.popen(table.concat(command, " ") .. " 2>&1"))
+  local process = { pid = assert(tonumber(pipe:read "*l")), lines = pipe:lines() }
+  function process.close()
+    pipe:close()
+    os.remove(path)
+  end
+  return process
+end
+
+-- ---- the server's log -------------------------------------------------------------------
+
+--- Returns a function that gives what the server has logged since; nil where it cannot be read.
+function support.log()
+  local path = os.getenv "PGLOCKS_TEST_LOG"
+  local file = path and io.open(path)
+  if not file then return nil end
+  file:seek "end"
+  return function() return file:read "*a" end
+end
+
+return support
