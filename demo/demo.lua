@@ -83,13 +83,21 @@ end
 
 local function quote(text) return "'" .. text:gsub("'", [['\'']]) .. "'" end
 
--- Starts this file again; closing what is returned waits for the end of the process.
-local function start(task, name, began, counter)
+-- Processes whose end is waited for when the scope ends, in the order in which they were started:
+-- the end of our side of the pipe ends one that hangs, and so frees the next.
+local function new_crew()
+  return setmetatable({}, {
+    __close = function(crew) for _, worker in ipairs(crew) do worker:close() end end,
+  })
+end
+
+-- Starts this file again.
+local function start(crew, task, name, began, counter)
   local interpreter = 0
   while arg[interpreter - 1] do interpreter = interpreter - 1 end
   local command = { "exec", quote(arg[interpreter]), quote(arg[0]), task, name,
     ("%.6f"):format(began), quote(counter), "$$" } -- the shell's pid, which exec keeps
-  return assert(io.popen(table.concat(command, " "), "w"))
+  crew[#crew + 1] = assert(io.popen(table.concat(command, " "), "w"))
 end
 
 -- Who holds the demo's lock (granted) or waits for it, as PostgreSQL sees it.
@@ -114,13 +122,11 @@ local function wait_for_waiters(conn, count)
 end
 
 local function show_turns(conn, began, counter)
-  local workers <close> = setmetatable({}, {
-    __close = function(started) for _, worker in ipairs(started) do worker:close() end end,
-  })
+  local crew <close> = new_crew()
   local gate <close> = conn:lock(NAME)
   say(conn, began, nil, "The main process holds the lock until all four wait for it.")
   for i, name in ipairs { "anna", "ben", "carla", "dora" } do
-    workers[i] = start("take_turns", name, began, counter)
+    start(crew, "take_turns", name, began, counter)
     wait_for_waiters(conn, i)
   end
   say(conn, began, nil, "It lets go. One HOLDS at a time, first come first served:")
@@ -128,16 +134,17 @@ end
 
 local function show_crash(conn, began, counter)
   say(conn, began, nil, "Now ben takes the lock, hangs and is killed, while carla waits.")
-  local holder <close> = start("hang", "ben", began, counter)
+  local crew <close> = new_crew()
+  start(crew, "hang", "ben", began, counter)
   wait_until(conn, "ben to hold", function() return #demo_locks(conn, true) == 1 end)
-  local waiter <close> = start("take_one_turn", "carla", began, counter)
+  start(crew, "take_one_turn", "carla", began, counter)
   wait_for_waiters(conn, 1)
   pause(conn, 0.5)
 
   local pid = demo_locks(conn, true)[1].name:match "%d+$"
   say(conn, began, LANES.ben, "kill -9")
   local killed = clock(conn)
-  os.execute("kill -9 " .. pid)
+  assert(os.execute("kill -9 " .. pid))
   wait_for_waiters(conn, 0)
   return (clock(conn) - killed) * 1000
 end

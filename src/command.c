@@ -78,7 +78,11 @@ static void command_recycle(struct session *s, struct command *c) {
 /* Queues a command whose messages are being written; command_end sends it. */
 static struct command *command_begin(struct session *s, struct holding *holding) {
   struct command *c;
-  if (s->pg == NULL) return NULL;
+  if (s->pg == NULL) { /* lost since the operation was begun */
+    if (s->op.kind != NULL && !s->op.done)
+      operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
+    return NULL;
+  }
   c = s->spare_commands;
   if (c != NULL)
     s->spare_commands = c->next;
@@ -91,7 +95,7 @@ static struct command *command_begin(struct session *s, struct holding *holding)
   c->answer.value = NO_VALUE;
   c->answer.failure.code = NO_ERROR;
   c->holding = holding;
-  c->prepares = NO_STATEMENT;
+  c->statement = NO_STATEMENT;
   return c;
 }
 
@@ -155,10 +159,13 @@ void command_statement(struct session *s, enum verb verb, const struct key *key,
     formats[n] = 0;
     n++;
   }
-  if (comment == NULL && !(s->prepared & (1u << id))) {
-    written = PQsendPrepare(s->pg, statements[id].name, statements[id].sql, n, types);
-    s->prepared |= 1u << id;
-    c->prepares = id;
+  if (comment == NULL) {
+    c->statement = id;
+    if (!(s->prepared & (1u << id))) {
+      written = PQsendPrepare(s->pg, statements[id].name, statements[id].sql, n, types);
+      s->prepared |= 1u << id;
+      c->prepares = true;
+    }
   }
   written = written && send_before(s);
   if (comment == NULL)
@@ -237,8 +244,10 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
     failure_set(failure, code_of(sqlstate), sqlstate, "%s",
                 message ? message : PQresultErrorMessage(result));
   c->answer.failed = true;
-  /* Somebody dropped our statements (DISCARD ALL, DEALLOCATE): prepare them anew. */
-  if (strcmp(sqlstate, "26000") == 0) s->prepared = 0;
+  /* Not prepared, or dropped by somebody (DISCARD ALL, DEALLOCATE): prepare it anew. */
+  if (c->statement != NO_STATEMENT &&
+      ((c->prepares && c->results == 0) || strcmp(sqlstate, "26000") == 0))
+    s->prepared &= ~(1u << c->statement);
   if (severity != NULL && (strcmp(severity, "FATAL") == 0 || strcmp(severity, "PANIC") == 0)) {
     s->doomed = true;
     s->loss = *failure;
@@ -296,7 +305,6 @@ static void take_result(struct session *s, PGresult *result) {
     break;
   default:
     note_error(s, c, result);
-    if (c->prepares != NO_STATEMENT && c->results == 0) s->prepared &= ~(1u << c->prepares);
     break;
   }
   c->results++;

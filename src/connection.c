@@ -513,7 +513,8 @@ static void connecting_failed(struct session *s) {
   }
   session_disconnect(s);
   s->state = SESSION_CLOSED;
-  operation_done(s, CONNECT, sqlstate, "%s", text);
+  operation_done(s, strcmp(sqlstate, "53300") == 0 ? TOO_MANY_CONNECTIONS : CONNECT, sqlstate,
+                 "%s", text);
 }
 
 static void connecting_advance(struct session *s) {
@@ -539,7 +540,7 @@ static void connecting_advance(struct session *s) {
 /* true, or nil and the error: the caller may have another host to try. */
 static int connecting_finish(lua_State *L, struct session *s) {
   struct failure failure = s->op.failure;
-  if (failure.code != CONNECT) {
+  if (failure.code == NO_ERROR || failure.code == INTERRUPTED) {
     operation_end(L, s);
     lua_pushboolean(L, 1);
     return 1;

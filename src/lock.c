@@ -117,15 +117,16 @@ void holding_answered(struct session *s, const struct command *command) {
 }
 
 void holdings_settle(struct session *s) {
+  bool sent = false;
   if (s->doubtful == 0 || s->transaction_failed) return;
-  if (s->settle_rounds++ > CANCELLED_AT_MOST) {
-    session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
-    return;
-  }
   for (size_t i = 0; i < s->bucket_count; i++)
-    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
-      if (h->doubtful && h->releasing == 0 && s->pg != NULL)
+    for (struct holding *h = s->buckets[i]; h != NULL && s->pg != NULL; h = h->next)
+      if (h->doubtful && h->releasing == 0) {
         command_guard(s, GUARD_UNLOCK, &h->key, h->shared, h);
+        sent = true;
+      }
+  if (sent && s->settle_rounds++ > CANCELLED_AT_MOST)
+    session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
 }
 
 void holdings_free(struct session *s) {
@@ -559,8 +560,10 @@ static bool lock_leave(struct session *s, struct lock *lock) {
   lock->state = LOCK_RELEASED;
   lock_unlink(lock);
   if (!is_ours(s) || h->count > 0) return false;
-  if (!s->transaction_failed) return true;
-  holding_doubt(s, h); /* refused until the transaction has ended: then the guard lets it go */
+  if (!s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing)) return true;
+  /* Refused until the transaction has ended, or behind another's operation, where the server
+   * would not read it sooner: the guard lets it go when that is over. */
+  holding_doubt(s, h);
   return false;
 }
 
@@ -636,11 +639,12 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
 
 /* The server does not know the lock: something in this session let it go behind our back. */
 static void holding_lost(struct holding *h) {
-  while (h->locks != NULL) {
-    struct lock *lock = h->locks;
+  for (struct lock *lock = h->locks; lock != NULL; lock = lock->next) {
     lock->state = LOCK_LOST;
-    lock_unlink(lock);
+    lock->holding = NULL;
   }
+  h->locks = NULL;
+  h->count = 0;
 }
 
 /* What the guard found out. */

@@ -4,6 +4,7 @@
 
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -83,17 +84,18 @@ int argument_error(lua_State *L, int argument, const char *expected) {
     lua_pushliteral(L, "");
   lua_pushfstring(L, "bad argument #%d to '%s' (%s)", argument, called, expected);
   lua_concat(L, 2);
-  return lua_error(L);
+  lua_error(L);
+  abort(); /* lua_error does not return, but does not say so */
 }
 
 int type_error(lua_State *L, int argument, const char *expected, int index) {
   const char *got = luaL_typename(L, index);
-  return argument_error(L, argument, lua_pushfstring(L, "%s expected, got %s", expected, got));
+  argument_error(L, argument, lua_pushfstring(L, "%s expected, got %s", expected, got));
 }
 
 int option_error(lua_State *L, int argument) {
   const char *option = lua_type(L, -2) == LUA_TSTRING ? lua_tostring(L, -2) : luaL_typename(L, -2);
-  return argument_error(L, argument, lua_pushfstring(L, "unknown option '%s'", option));
+  argument_error(L, argument, lua_pushfstring(L, "unknown option '%s'", option));
 }
 
 /* own_source(source): a Lua file of pglocks, as debug.getinfo names it. */
@@ -108,7 +110,7 @@ static int own_source(lua_State *L) {
 
 /* raise_argument(argument, message): argument_error for the Lua files. */
 static int raise_argument(lua_State *L) {
-  return argument_error(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
+  argument_error(L, (int)luaL_checkinteger(L, 1), luaL_checkstring(L, 2));
 }
 
 /* ---- error objects --------------------------------------------------------------------- */

@@ -71,11 +71,12 @@ void key_open(lua_State *L); /* pushes nothing; adds to the module at the top of
 
 /* Raises Lua's own kind of argument error. The function's name and the position are those of
  * the caller outside pglocks' Lua files; `argument` counts without the connection. */
-int argument_error(lua_State *L, int argument, const char *expected);
+int argument_error(lua_State *L, int argument, const char *expected) __attribute__((noreturn));
 /* "expected, got <type>" */
-int type_error(lua_State *L, int argument, const char *expected, int index);
+int type_error(lua_State *L, int argument, const char *expected, int index)
+    __attribute__((noreturn));
 /* "unknown option", for the key at -2 of a lua_next over the options. */
-int option_error(lua_State *L, int argument);
+int option_error(lua_State *L, int argument) __attribute__((noreturn));
 /* Where the user's code called us, as luaL_where says it; pushes a string. */
 void push_caller(lua_State *L);
 /* The userdata at `index` if it is one of ours: right metatable, size and magic word. */
@@ -141,9 +142,10 @@ struct command {
   struct holding *holding; /* NULL: the answer is the operation's */
   bool settles;            /* the guard for a doubtful holding, not its release */
   bool keep_result;
-  int prepares;    /* statement that its first result answers, or -1 */
-  int results;     /* seen so far */
-  bool abandoned;  /* nobody wants its answer */
+  bool prepares;  /* its statement, so that the first result is of that */
+  bool abandoned; /* nobody wants its answer */
+  int statement;  /* that it executes, or -1 */
+  int results;    /* seen so far */
   struct answer answer;
 };
 

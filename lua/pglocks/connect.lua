@@ -163,6 +163,9 @@ local function open(keywords, options, time_left)
   if ok then return conn end
   conn:close()
   if type(err) ~= "table" then error(err, 0) end -- Ctrl-C
+  if err.code == "unknown" or err.code == "lost" then -- no lock was in question
+    err.code, err.free_by, err.hint = "connect", nil, nil
+  end
   return nil, err
 end
 

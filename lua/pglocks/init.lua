@@ -206,7 +206,7 @@ pglocks.key = core.key
 
 --- Waits for a lock on the database that `using` names. Raises unless it holds the lock.
 ---@param key integer|integer[]|string
----@param options? { shared: boolean, timeout: number, using: string, hash: string, namespace: string, comment: string|boolean }
+---@param options? pglocks.LockOptions
 ---@return userdata lock
 function pglocks.lock(key, options)
   local lock = program:lock(key, options)

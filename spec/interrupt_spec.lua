@@ -1,0 +1,140 @@
+-- Ctrl-C: the interpreter's own handler sets a hook, which raises "interrupted!" at once, however
+-- long the wait would have been; the connection stays usable and nothing is left behind.
+
+local support = require "spec.support"
+
+-- Connects, says its backend's pid, runs the test's own lines, and tells what became of it.
+local CHILD = [[
+local pglocks = require "pglocks"
+local conninfo = ...
+local conn = pglocks.connect(conninfo)
+io.stdout:setvbuf "line"
+print(conn.backend_pid)
+local ok, err = pcall(function() %s end)
+print(ok, err)
+print(conn:alive(), #conn:locks())
+print(conn:lock "another":release())
+io.read() -- stays until the parent has looked
+]]
+
+local function interrupted_while(body, waits)
+  local child = support.spawn(CHILD:format(body), support.conninfo)
+  local backend = tonumber(child.lines())
+  waits(backend)
+  support.signal("INT", child.pid)
+  local seconds, outcome = support.timed(child.lines)
+  return child, backend, outcome, seconds
+end
+
+local function ends(child)
+  support.signal("TERM", child.pid)
+  child.close()
+end
+
+describe("Ctrl-C", function()
+  after_each(support.finish)
+
+  local LOCK = 'conn:lock "held by the parent"'
+  local waits_for_lock = {
+    ["a lock"] = LOCK,
+    ["a lock with a timeout"] = 'conn:lock("held by the parent", { timeout = 60 })',
+    ["try_lock with a timeout"] = 'conn:try_lock("held by the parent", { timeout = 60 })',
+    ["a lock inside a coroutine"] =
+      "local co = coroutine.create(function() " .. LOCK .. " end)"
+      .. " local _, e = coroutine.resume(co) error(e, 0)",
+    ["with_lock"] = 'conn:with_lock("held by the parent", print)',
+    ["a lock inside a transaction"] =
+      "conn:transaction(function() " .. LOCK .. " end)",
+  }
+
+  for what, body in pairs(waits_for_lock) do
+    it("ends the wait for " .. what, function()
+      local holder = support.connect()
+      local lock = holder:lock "held by the parent"
+      local child, backend, outcome, seconds = interrupted_while(body, support.wait_until_waiting)
+      assert.equal("false\tinterrupted!", outcome)
+      assert.is_true(seconds < 1 * support.slow, seconds)
+      assert.equal("true\t0", child.lines())
+      assert.equal("true", child.lines())
+      assert.same({}, support.pg_locks(backend))
+      assert.is_true(lock:check())
+      ends(child)
+    end)
+  end
+
+  it("ends a query", function()
+    local child, _, outcome = interrupted_while('conn:query "SELECT pg_sleep(60)"', function(pid)
+      support.wait_until("the query to run", function()
+        return #support.observe(
+          "SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep'", pid) == 1
+      end)
+    end)
+    assert.equal("false\tinterrupted!", outcome)
+    assert.equal("true\t0", child.lines())
+    assert.equal("true", child.lines())
+    ends(child)
+  end)
+
+  it("ends connecting to a server that says nothing", function()
+    local socket = require "cqueues.socket"
+    local listener = assert(socket.listen("127.0.0.1", 0))
+    local _, _, port = listener:localname()
+    local child = support.spawn([[
+      local pglocks = require "pglocks"
+      io.stdout:setvbuf "line"
+      print "connecting"
+      print(pcall(pglocks.connect, { host = "127.0.0.1", port = ..., connect_timeout = 60 }))
+    ]], port)
+    assert.equal("connecting", child.lines())
+    support.wait_until("the connection", function() return listener:accept { timeout = 0 } end)
+    support.signal("INT", child.pid)
+    assert.equal("false\tinterrupted!", child.lines())
+    child.close()
+    listener:close()
+  end)
+
+  it("leaves the script as Ctrl-C always does, and frees what it held", function()
+    local holder = support.connect()
+    local lock = holder:lock "held by the parent"
+    local child = support.spawn([[
+      local conn = require "pglocks".connect((...))
+      local kept = conn:lock "kept"
+      io.stdout:setvbuf "line"
+      print(conn.backend_pid)
+      conn:lock "held by the parent"
+    ]], support.conninfo)
+    local backend = tonumber(child.lines())
+    support.wait_until_waiting(backend)
+    support.signal("INT", child.pid)
+    assert.is_truthy(child.lines():find("interrupted!", 1, true))
+    support.wait_until("its session to end", function() return #support.pg_locks(backend) == 0 end)
+    child.close()
+    assert.is_true(lock:release())
+  end)
+end)
+
+describe("conn:cancel()", function()
+  after_each(support.finish)
+
+  it("ends the wait that is under way on the connection", function()
+    local holder, waiter = support.connect(), support.connect()
+    local lock = holder:lock "x"
+    support.begin(waiter, "lock", "x")
+    support.wait_until_waiting(waiter.backend_pid)
+    assert.is_true(waiter:cancel())
+    local ok, err = pcall(support.complete, waiter)
+    assert.is_false(ok)
+    assert.equal("interrupted", err.code)
+    assert.is_true(waiter:ping())
+    assert.same({}, support.pg_locks(waiter.backend_pid))
+    lock:release()
+  end)
+
+  it("says so when there is nothing to cancel, and never hits a later statement", function()
+    local conn = support.connect()
+    for _ = 1, 50 do
+      assert.is_false(conn:cancel())
+      assert.is_true(conn:lock "x":release())
+    end
+  end)
+end)

@@ -1,0 +1,175 @@
+-- The engine's steps, driven from here with a poll of our own instead of the core's: what a
+-- scheduler does.
+
+local support = require "spec.support"
+local cqueues = require "cqueues"
+local core = support.core
+
+-- Drives what was begun on `conn` to its end; counts the waits.
+local function drive(conn)
+  local waits = 0
+  while true do
+    local events, fd, seconds = core.step(conn)
+    if not events then return waits end
+    waits = waits + 1
+    assert(events == "r" or events == "w" or events == "rw")
+    assert(seconds >= 0)
+    local timeout = seconds < math.huge and seconds or nil
+    cqueues.poll({ pollfd = fd, events = events }, timeout)
+  end
+end
+
+local function call(operation, conn, ...)
+  core.start[operation](conn, ...)
+  local waits = drive(conn)
+  return waits, core.finish(conn)
+end
+
+local function connect()
+  local keywords = core.conninfo(support.conninfo)
+  local conn = core.start.connect(keywords, 5)
+  assert.is_true(drive(conn) > 0)
+  assert.is_true(core.finish(conn))
+  return conn
+end
+
+describe("steps", function()
+  after_each(support.finish)
+
+  it("connect, lock, release and close", function()
+    local conn = connect()
+    local waits, lock = call("lock", conn, "invoice 42")
+    assert.is_true(waits > 0)
+    assert.is_true(lock:held())
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    assert.equal(conn, core.start.release(lock))
+    assert.is_true(drive(conn) > 0)
+    assert.is_true(core.finish(conn))
+    assert.same({}, support.pg_locks(conn.backend_pid))
+    call("close", conn)
+    assert.is_false(conn:alive())
+  end)
+
+  it("wait for a lock without blocking, and get it", function()
+    local holder, waiter = support.connect(), connect()
+    local lock = holder:lock "x"
+    core.start.lock(waiter, "x")
+    for _ = 1, 10 do -- nothing happens yet, and it does not block
+      local events, fd = core.step(waiter)
+      assert.equal("r", events)
+      assert.is_number(fd)
+    end
+    lock:release()
+    drive(waiter)
+    assert.is_true(core.finish(waiter):held())
+    waiter:close()
+  end)
+
+  it("time out", function()
+    local holder, waiter = support.connect(), connect()
+    local lock = holder:lock "x"
+    local seconds = support.timed(function()
+      local _, got, why = call("try_lock", waiter, "x", { timeout = 0.1 })
+      assert.is_nil(got)
+      assert.equal("timeout", why)
+    end)
+    assert.is_true(seconds >= 0.1)
+    core.start.lock(waiter, "x", { timeout = 0.05 })
+    drive(waiter)
+    local ok, err = pcall(core.finish, waiter)
+    assert.is_false(ok)
+    assert.equal("timeout", err.code)
+    lock:release()
+    waiter:close()
+  end)
+
+  it("serve query, execute, ping, check and attempt as well", function()
+    local conn = connect()
+    local _, rows = call("query", conn, "SELECT $1::int AS n", 7)
+    assert.same({ { n = 7 } }, rows)
+    local _, _, tag = call("execute", conn, 5, "BEGIN")
+    assert.equal("BEGIN", tag)
+    local _, pinged = call("ping", conn)
+    assert.is_true(pinged)
+    local _, lock = call("attempt", conn, 42)
+    assert.is_true(lock.acquired)
+    core.start.check(lock)
+    drive(conn)
+    assert.is_true(core.finish(conn))
+    call("close", conn)
+  end)
+
+  it("refuse a second operation meanwhile, and leave the first unharmed", function()
+    local holder, conn = support.connect(), connect()
+    local lock = holder:lock "x"
+    core.start.lock(conn, "x")
+    for _, second in ipairs {
+      function() conn:lock "y" end, function() conn:try_lock "y" end,
+      function() conn:with_lock("y", print) end, function() conn:query "SELECT 1" end,
+      function() conn:ping() end, function() conn:close() end,
+    } do
+      local ok, err = pcall(second)
+      assert.is_false(ok)
+      assert.equal("busy_connection", err.code)
+    end
+    lock:release()
+    drive(conn)
+    assert.is_true(core.finish(conn):held())
+    conn:close()
+  end)
+
+  it("let a scope end meanwhile: its lock is free when the operation is over", function()
+    local holder, conn = support.connect(), connect()
+    local lock, own = holder:lock "x", conn:lock "own"
+    core.start.lock(conn, "x")
+    getmetatable(own).__close(own)
+    assert.is_false(own:held())
+    lock:release()
+    drive(conn)
+    local got = core.finish(conn)
+    conn:ping()
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    assert.is_true(got:check())
+    conn:close()
+  end)
+
+  it("end at the deadline when the server says nothing", function()
+    local socket = require "cqueues.socket"
+    local listener = assert(socket.listen("127.0.0.1", 0))
+    local _, _, port = listener:localname()
+    local conn = core.start.connect({ host = "127.0.0.1", port = tostring(port) }, 0.2)
+    assert.is_true(support.timed(drive, conn) >= 0.2)
+    local ok, err = core.finish(conn)
+    assert.is_nil(ok)
+    assert.equal("connect", err.code)
+    listener:close()
+  end)
+
+  it("learn of a lost session while they wait", function()
+    local holder, waiter = support.connect(), connect()
+    local lock = holder:lock "x"
+    core.start.lock(waiter, "x")
+    support.wait_until_waiting(waiter.backend_pid)
+    support.observe("SELECT pg_terminate_backend($1)", waiter.backend_pid)
+    drive(waiter)
+    local ok, err = pcall(core.finish, waiter)
+    assert.is_false(ok)
+    assert.equal("lost", err.code)
+    assert.equal("57P01", err.sqlstate)
+    lock:release()
+  end)
+
+  it("send a release without waiting for its answer, and collect that with the next", function()
+    local conn, other = connect(), support.connect()
+    core.configure(conn, { deferred = true })
+    for _ = 1, 100 do
+      local _, lock = call("lock", conn, "x")
+      core.start.release(lock)
+      assert.is_nil(core.step(conn)) -- done already: nothing to wait for
+      assert.is_true(core.finish(conn))
+    end
+    local lock = other:lock("x", { timeout = 5 })
+    assert.is_true(lock:release())
+    call("close", conn)
+  end)
+end)
