@@ -19,7 +19,8 @@ io.read() -- stays until the parent has looked
 
 local function interrupted_while(body, waits)
   local child = support.spawn(CHILD:format(body), support.conninfo)
-  local backend = tonumber(child.lines())
+  local line = child.lines()
+  local backend = assert(tonumber(line), line)
   waits(backend)
   support.signal("INT", child.pid)
   local seconds, outcome = support.timed(child.lines)

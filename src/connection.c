@@ -796,7 +796,7 @@ static int connection_cancel(lua_State *L) {
   return 1;
 }
 
-/* configure(conn, { reply_timeout =, deferred =, pooled = }) */
+/* configure(conn, { reply_timeout =, deferred =, pooled =, backend_pid = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
@@ -805,6 +805,8 @@ static int configure(lua_State *L) {
   if (!lua_isnil(L, -1)) s->deferred = lua_toboolean(L, -1);
   lua_getfield(L, 2, "pooled");
   if (!lua_isnil(L, -1)) s->pooled = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "backend_pid");
+  if (!lua_isnil(L, -1)) s->backend_pid = (int)luaL_checkinteger(L, -1);
   return 0;
 }
 

@@ -300,6 +300,7 @@ static void refused(struct session *s) {
   struct operation *op = &s->op;
   const struct lock *lock = op->lock;
   char key[NAME_IN_MESSAGE];
+  if (op->interrupted) op->failure.code = INTERRUPTED;
   if (op->failure.code != TIMEOUT) {
     finished(s, op->failure.code, op->failure.message);
     return;
@@ -317,16 +318,17 @@ static void acquire_advance(struct session *s) {
   if (settling(s)) return;
   if (op->answer.failed) {
     op->failure = op->answer.failure;
-    if (op->interrupted) op->failure.code = INTERRUPTED;
     /* A release in doubt before us may have left the server counting 2: adopt no such lock. */
-    op->guard = op->failure.code == TIMEOUT && !op->holding->doubtful ? GUARD_LOOK : GUARD_UNLOCK;
+    op->guard = op->failure.code == TIMEOUT && !op->interrupted && !op->holding->doubtful
+                    ? GUARD_LOOK
+                    : GUARD_UNLOCK;
     recover(s, GUARD);
   } else if (op->holding->doubtful) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
     op->rounds++;
     go(s, SETTLE);
   } else if (op->answer.value == VALUE_FALSE) {
-    op->failure.code = op->interrupted ? INTERRUPTED : TIMEOUT;
+    op->failure.code = TIMEOUT;
     refused(s);
   } else if (op->interrupted) {
     failure_set(&op->failure, INTERRUPTED, "", "interrupted");
@@ -656,7 +658,10 @@ static void conclude(struct session *s, bool held) {
     finished(s, held ? NO_ERROR : LOST, "the server does not hold the lock any more");
   } else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
-  else if (held)
+  else if (held && op->interrupted) {
+    op->guard = GUARD_UNLOCK;
+    go(s, GUARD);
+  } else if (held)
     granted(s);
   else if (strcmp(op->failure.sqlstate, "26000") == 0 && op->rounds++ == 0)
     go(s, MAIN); /* somebody dropped the prepared statement: it never ran */

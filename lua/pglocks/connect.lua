@@ -137,7 +137,7 @@ end
 local function handshake(conn, options, time_left)
   local row = core.execute(conn, time_left, HANDSHAKE, conn.backend_pid)[1]
   if row.backend_pid ~= conn.backend_pid then
-    core.configure(conn, { pooled = true })
+    core.configure(conn, { pooled = true, backend_pid = row.backend_pid })
     if options.pooled ~= "session" then
       core.raise("pooled", "this is a connection pooler, which may give one session to several"
         .. " clients; say pooled = \"session\" where it pools sessions only")

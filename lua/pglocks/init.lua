@@ -53,7 +53,7 @@ local function try_with_lock(owner, key, ...)
   local options, fn = ...
   local first = 3
   if callable(options) then options, fn, first = nil, options, 2 end
-  check_function(first, fn)
+  check_function(options == nil and select("#", ...) < 2 and 2 or 3, fn)
   local lock, why = owner:try_lock(key, options)
   if not lock then return false, why end
   return run(lock, release_true, fn, lock, select(first, ...))
@@ -234,7 +234,7 @@ function pglocks.try_with_lock(key, ...) return try_with_lock(program, key, ...)
 ---@return function
 function pglocks.wrap(key, options, fn)
   if fn == nil and callable(options) then options, fn = nil, options end
-  check_function(3, fn)
+  check_function(options == nil and fn == nil and 2 or 3, fn)
   check_key(key, options)
   local function without_lock(_, ...) return fn(...) end
   return function(...) return with_lock(program, key, options, without_lock, ...) end
