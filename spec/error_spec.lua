@@ -175,8 +175,6 @@ describe("an argument error", function()
     { "pglocks.wrap('a')", "#2 to 'wrap' (function expected, got nil)" },
     { "pglocks.wrap('a', {}, 5)", "#3 to 'wrap' (function expected, got number)" },
     { "pglocks.wrap(true, print)", "#1 to 'wrap' (" .. KEY .. "boolean)" },
-    { "local import = pglocks.wrap('a', { using = 'b' }, print) import()",
-      "#2 to 'import' (option 'using': unknown database 'b')" },
     { "pglocks.advisory_lock(true)", "#1 to 'advisory_lock' (" .. KEY .. "boolean)" },
     { "pglocks.advisory_lock('a', 5)", "#2 to 'advisory_lock' (table of options expected, got number)" },
     { "pglocks.advisory_lock('a', { wait = 1 })",
@@ -209,6 +207,11 @@ describe("an argument error", function()
     it("names argument, function and line of the caller: " .. call, function() assert_raises(expected, call) end)
   end
 
+  it("names the line of a call of what wrap made", function()
+    local user = load("local import = (...).wrap('a', { using = 'b' }, print)\nimport()", "@user.lua")
+    assert.is_truthy(raised(user, pglocks):find "^user.lua:2: bad argument #2 to '[%w_]+' %(option 'using'")
+  end)
+
   it("names the line of the caller in a coroutine too", function()
     local conn = support.connect()
     local user = load("local conn = ...\nconn:with_lock(true, print)", "@user.lua")
@@ -228,7 +231,9 @@ describe("an argument error", function()
       local message = raised(user, pglocks, conn)
       local position, name = message:match "^user.lua:(%d): bad argument #%d to '([%w_?]+)'"
       assert.equal("3", position, message)
-      assert.is_truthy(name == "?" or name == call:match "[.:]([%w_]+)", message)
+      -- LuaJIT gives the called function the name of the one that the tail call replaced
+      local replaced = support.is_jit and name == "tail"
+      assert.is_truthy(replaced or name == "?" or name == call:match "[.:]([%w_]+)", message)
     end
   end)
 end)

@@ -22,6 +22,11 @@
 
 #define DEFAULT_REPLY_TIMEOUT 10.0
 
+struct conninfo {
+  uint32_t magic;
+  PQconninfoOption *options;
+};
+
 struct connection {
   uint32_t magic;
   struct session *session; /* NULL: closed before it was open */
@@ -621,14 +626,15 @@ static int conninfo(lua_State *L) {
   const char *string = luaL_optstring(L, 1, NULL);
   char *error = NULL;
   /* a box, because Lua may throw while the options are read */
-  PQconninfoOption **box = new_userdata(L, sizeof *box);
-  *box = NULL;
+  struct conninfo *box = new_userdata(L, sizeof *box);
+  box->magic = MAGIC;
+  box->options = NULL;
   luaL_setmetatable(L, CONNINFO_TYPE);
-  *box = string != NULL ? PQconninfoParse(string, &error) : PQconndefaults();
+  box->options = string != NULL ? PQconninfoParse(string, &error) : PQconndefaults();
   PQfreemem(error);
-  if (*box == NULL) return 0;
+  if (box->options == NULL) return 0;
   lua_newtable(L);
-  for (PQconninfoOption *o = *box; o->keyword != NULL; o++) {
+  for (PQconninfoOption *o = box->options; o->keyword != NULL; o++) {
     if (string != NULL && o->val == NULL) continue;
     if (o->val != NULL)
       lua_pushstring(L, o->val);
@@ -640,10 +646,10 @@ static int conninfo(lua_State *L) {
 }
 
 static int conninfo_collect(lua_State *L) {
-  PQconninfoOption **box = test_userdata(L, 1, CONNINFO_TYPE, sizeof *box, 0);
+  struct conninfo *box = test_userdata(L, 1, CONNINFO_TYPE, sizeof *box, MAGIC);
   if (box != NULL) {
-    PQconninfoFree(*box);
-    *box = NULL;
+    PQconninfoFree(box->options);
+    box->options = NULL;
   }
   return 0;
 }
@@ -684,6 +690,8 @@ static void session_close(struct session *s) {
   if (s->state == SESSION_OPEN || s->state == SESSION_CONNECTING) s->state = SESSION_CLOSED;
   session_disconnect(s);
   commands_drop(s);
+  if (s->op.kind != NULL && !s->op.done)
+    operation_done(s, CLOSED, "", "this connection was closed meanwhile");
 }
 
 enum { CANCELLED_AT_MOST = 50 };
@@ -703,8 +711,8 @@ static void closing_advance(struct session *s) {
     closing_send(s);
     return;
   }
-  session_close(s);
   operation_done(s, NO_ERROR, "", NULL);
+  session_close(s);
 }
 
 static int closing_finish(lua_State *L, struct session *s) {

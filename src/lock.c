@@ -12,6 +12,7 @@
 #define MAGIC 0x70676c6cu
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 #define CANCELLED_AT_MOST 50
+#define NOT_HELD_MESSAGE "the server did not hold the lock any more"
 
 /* A lock in LOCK_HELD is held as long as its session is open. */
 enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
@@ -98,20 +99,27 @@ static void holding_doubt(struct session *s, struct holding *h) {
 
 static void holding_trust(struct session *s, struct holding *h) {
   if (!h->doubtful) return;
-  h->doubtful = false;
+  h->doubtful = h->untouched = false;
   if (--s->doubtful == 0) s->settle_rounds = 0;
+}
+
+/* Somebody had dropped the prepared statement: the server did nothing. */
+static bool never_ran(const struct failure *failure) {
+  return strcmp(failure->sqlstate, "26000") == 0;
 }
 
 void holding_answered(struct session *s, const struct command *command) {
   struct holding *h = command->holding;
   const struct answer *answer = &command->answer;
-  if (answer->failed)
+  if (answer->failed) {
+    h->untouched = h->untouched || (!command->settles && never_ran(&answer->failure));
     holding_doubt(s, h);
-  else if (command->settles)
+  } else {
+    if (answer->value != VALUE_TRUE && (!command->settles || h->untouched)) {
+      failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
+      s->release_key = h->key;
+    }
     holding_trust(s, h);
-  else if (answer->value != VALUE_TRUE) {
-    failure_set(&s->release_failure, NOT_HELD, "", "the server did not hold a lock that was released");
-    s->release_key = h->key;
   }
   holding_put(s, h);
 }
@@ -199,7 +207,7 @@ enum state {
   SETTLE /* an earlier release is in doubt: let go what it may have left, then MAIN */
 };
 
-static void acquire_send(struct session *s);
+static void main_send(struct session *s);
 static void conclude(struct session *s, bool held);
 
 static void go(struct session *s, enum state state) {
@@ -208,7 +216,7 @@ static void go(struct session *s, enum state state) {
   op->state = (int)state;
   switch (state) {
   case MAIN:
-    acquire_send(s);
+    main_send(s);
     break;
   case UNDO:
     command_simple(s, "ROLLBACK TO SAVEPOINT pglocks", "RELEASE SAVEPOINT pglocks");
@@ -527,12 +535,13 @@ static void release_advance(struct session *s) {
   struct operation *op = &s->op;
   if (settling(s)) return;
   if (op->answer.failed) {
+    bool again = never_ran(&op->answer.failure) && op->rounds++ == 0;
     op->guard = GUARD_UNLOCK;
-    recover(s, GUARD);
+    recover(s, again ? MAIN : GUARD);
   } else if (op->answer.value == VALUE_TRUE)
     finished(s, NO_ERROR, "");
   else
-    finished(s, NOT_HELD, "the server did not hold the lock any more");
+    finished(s, NOT_HELD, NOT_HELD_MESSAGE);
 }
 
 enum { RELEASE_DONE, RELEASE_OF_NOTHING };
@@ -589,7 +598,10 @@ static void release_begin(struct session *s, struct lock *lock) {
   operation_begin(s, &releasing, monotonic_now() + s->reply_timeout);
   op->key = lock->key;
   op->has_key = true;
-  if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
+  if (lock->state == LOCK_LOST) {
+    lock->state = LOCK_RELEASED;
+    operation_done(s, LOST, "", NOT_HELD_MESSAGE);
+  } else if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
     op->demand = RELEASE_OF_NOTHING;
     operation_done(s, NO_ERROR, "", NULL);
   } else if (s->state == SESSION_LOST) {
@@ -600,7 +612,7 @@ static void release_begin(struct session *s, struct lock *lock) {
     if (!op->done) operation_done(s, NO_ERROR, "", NULL);
   } else if (lock_leave(s, lock)) {
     op->holding = h;
-    release_send(s, h, NULL);
+    go(s, MAIN);
   } else {
     holding_put(s, h);
     operation_done(s, NO_ERROR, "", NULL);
@@ -628,7 +640,7 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
   if (lock->state == LOCK_HELD && s->state == SESSION_LOST)
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
   else if (lock->state == LOCK_LOST)
-    operation_done(s, LOST, "", "the server did not hold the lock any more");
+    operation_done(s, LOST, "", NOT_HELD_MESSAGE);
   else if (lock->state != LOCK_HELD || s->state != SESSION_OPEN)
     operation_done(s, NOT_HELD, "", "this lock is not held");
   else if (s->transaction_failed)
@@ -649,13 +661,21 @@ static void holding_lost(struct holding *h) {
   h->count = 0;
 }
 
+static void main_send(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->kind == &releasing)
+    release_send(s, op->holding, NULL);
+  else
+    acquire_send(s);
+}
+
 /* What the guard found out. */
 static void conclude(struct session *s, bool held) {
   struct operation *op = &s->op;
   if (op->state == GUARD && op->guard == GUARD_UNLOCK) holding_trust(s, op->holding);
   if (op->kind == &checking) {
     if (!held) holding_lost(op->holding);
-    finished(s, held ? NO_ERROR : LOST, "the server does not hold the lock any more");
+    finished(s, held ? NO_ERROR : LOST, NOT_HELD_MESSAGE);
   } else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
   else if (held && op->interrupted) {
@@ -663,8 +683,8 @@ static void conclude(struct session *s, bool held) {
     go(s, GUARD);
   } else if (held)
     granted(s);
-  else if (strcmp(op->failure.sqlstate, "26000") == 0 && op->rounds++ == 0)
-    go(s, MAIN); /* somebody dropped the prepared statement: it never ran */
+  else if (never_ran(&op->failure) && op->rounds++ == 0)
+    go(s, MAIN);
   else
     refused(s);
 }

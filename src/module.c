@@ -19,8 +19,8 @@ double monotonic_now(void) {
 
 /* ---- userdata -------------------------------------------------------------------------- */
 
-/* debug.setmetatable can give our metatable to a file: so the size and a magic word (none if
- * `magic` is 0) are looked at too. */
+/* debug.setmetatable can give our metatable to a file: so the size and a magic word are
+ * looked at too. */
 void *test_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic) {
   void *p = lua_touserdata(L, index);
   bool ours;
@@ -28,7 +28,7 @@ void *test_userdata(lua_State *L, int index, const char *type, size_t size, uint
   luaL_getmetatable(L, type);
   ours = lua_rawequal(L, -1, -2) && lua_rawlen(L, index) >= size;
   lua_pop(L, 2);
-  return ours && (magic == 0 || *(uint32_t *)p == magic) ? p : NULL;
+  return ours && *(uint32_t *)p == magic ? p : NULL;
 }
 
 void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic) {
@@ -57,9 +57,7 @@ static bool find_caller(lua_State *L, lua_Debug *caller, char *called, size_t si
   for (int level = 0; lua_getstack(L, level, caller); level++) {
     lua_getinfo(L, "Sln", caller);
     if (level == 0 || (*caller->what != 'C' && is_own_source(L, caller->source))) {
-      /* a tail call has no name: that of what it called is the next best */
-      if (caller->name != NULL || *called == '\0')
-        snprintf(called, size, "%s", caller->name ? caller->name : "?");
+      snprintf(called, size, "%s", caller->name ? caller->name : "?"); /* none after a tail call */
     } else if (*caller->what != 'C')
       return true;
   }

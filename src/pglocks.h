@@ -282,6 +282,7 @@ struct holding {
   struct key key;
   bool shared;
   bool doubtful;  /* a release went wrong: the guard has yet to settle it */
+  bool untouched; /* that release never ran, so that the guard must find the lock */
   int count;      /* locks of ours on it; the server never counts past 1 */
   int releasing;  /* releases and guards in flight that nobody waits for */
   struct lock *locks;

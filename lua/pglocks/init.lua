@@ -26,6 +26,10 @@ local function check_function(argument, value)
   end
 end
 
+-- Says `return through(f(...))` where `return f(...)`, a tail call, would drop our function from
+-- the stack, and its name from an argument error.
+local function through(...) return ... end
+
 local function release(lock, ...)
   lock:release()
   return ...
@@ -154,15 +158,13 @@ local program = {}
 function program:lock(key, options) -- luacheck: no self
   check_key(key, options)
   local conn, rest = choose(options)
-  local lock = conn:lock(key, rest)
-  return lock
+  return through(conn:lock(key, rest))
 end
 
 function program:try_lock(key, options) -- luacheck: no self
   check_key(key, options)
   local conn, rest = choose(options)
-  local lock, why = conn:try_lock(key, rest)
-  return lock, why
+  return through(conn:try_lock(key, rest))
 end
 
 --- Names databases and sets defaults for the whole program. Called again, it starts afresh.
@@ -209,23 +211,21 @@ pglocks.key = core.key
 ---@param options? pglocks.LockOptions
 ---@return userdata lock
 function pglocks.lock(key, options)
-  local lock = program:lock(key, options)
-  return lock
+  return through(program:lock(key, options))
 end
 
 --- Takes a lock if it is free, or becomes so within `timeout` seconds.
 ---@return userdata|nil lock
 ---@return string|nil why  "busy" or "timeout"
 function pglocks.try_lock(key, options)
-  local lock, why = program:try_lock(key, options)
-  return lock, why
+  return through(program:try_lock(key, options))
 end
 
 --- Calls `fn(lock, ...)` while holding the lock: pglocks.with_lock(key, [options,] fn, ...)
-function pglocks.with_lock(key, ...) return with_lock(program, key, ...) end
+function pglocks.with_lock(key, ...) return through(with_lock(program, key, ...)) end
 
 --- Calls `fn(lock, ...)` if the lock is to be had: pglocks.try_with_lock(key, [options,] fn, ...)
-function pglocks.try_with_lock(key, ...) return try_with_lock(program, key, ...) end
+function pglocks.try_with_lock(key, ...) return through(try_with_lock(program, key, ...)) end
 
 --- A function that runs `fn` with its arguments while holding the lock.
 ---@param key integer|integer[]|string
@@ -237,7 +237,7 @@ function pglocks.wrap(key, options, fn)
   check_function(options == nil and fn == nil and 2 or 3, fn)
   check_key(key, options)
   local function without_lock(_, ...) return fn(...) end
-  return function(...) return with_lock(program, key, options, without_lock, ...) end
+  return function(...) return through(with_lock(program, key, options, without_lock, ...)) end
 end
 
 --- django-pglocks' form: with `wait = false` it returns at once with a lock object whose
@@ -260,14 +260,10 @@ function pglocks.advisory_lock(lock_id, options)
   else
     rest = options
   end
-  if wait ~= false then
-    local lock = program:lock(lock_id, rest)
-    return lock
-  end
+  if wait ~= false then return through(program:lock(lock_id, rest)) end
   check_key(lock_id, rest)
   local conn, own = choose(rest)
-  local lock = core.attempt(conn, lock_id, own)
-  return lock
+  return through(core.attempt(conn, lock_id, own))
 end
 
 return pglocks

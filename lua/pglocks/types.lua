@@ -1,0 +1,360 @@
+---@meta pglocks.core
+-- types.lua: the types of the C core for language servers. Never loaded by a program.
+--
+-- spec/types_spec.lua checks that what stands here is what the core registers.
+-- luacheck: ignore 212 241 431
+
+---@alias pglocks.code
+---| "aborted_transaction"  # a statement had failed: nothing works before the ROLLBACK
+---| "busy_connection"      # another call on this connection has not ended
+---| "closed"               # the connection was closed by the program
+---| "connect"              # no connection could be made
+---| "deadlock"             # the server chose this waiter to end a deadlock
+---| "forked"               # the connection belongs to the parent process
+---| "interrupted"          # the server cancelled the statement (57014)
+---| "lost"                 # the session is gone, and every lock of it
+---| "not_held"             # the lock is not held
+---| "permission"           # the role may not do that
+---| "pooled"               # a connection pooler answered
+---| "server"               # any other error of the server
+---| "standby"              # a hot standby answered
+---| "timeout"              # the lock was not to be had in time
+---| "too_many_connections" # the server has no connection left
+---| "too_many_locks"       # the server's lock table is full
+---| "unknown"              # no answer: the outcome is undecided, the connection closed
+
+--- What fails while running raises this table. `tostring` gives it in one line.
+---@class pglocks.error
+---@field code pglocks.code
+---@field message string  one line, without the server's hints; may change in any version
+---@field sqlstate? string  five characters, where the server gave them
+---@field key? pglocks.key  of the lock that the call was about
+---@field hint? string  what to do about it
+---@field free_by? integer  of "unknown": seconds after which the server has freed the lock
+
+--- What PostgreSQL locks. Keys compare with == < <=; `tostring` gives "42" or "(7, 42)".
+---@class pglocks.key
+---@field classid integer  as pg_locks shows it: the high half of a 64-bit key, the first of a pair
+---@field objid integer  the low half, or the second of a pair
+---@field objsubid 1|2  1: a 64-bit key, 2: a pair
+
+--- An integer of 64 bits, a pair of integers of 32 bits, a name of any bytes, or a key object.
+---@alias pglocks.locked integer|integer[]|string|pglocks.key
+
+---@class pglocks.hashing
+---@field hash? "sha256"|"django-pglocks"  how a name becomes a key; for names only
+---@field namespace? string  goes into the hash; for names only, and with "sha256"
+
+---@class pglocks.options: pglocks.hashing
+---@field shared? boolean  many may hold it at once, but none together with an exclusive holder
+---@field timeout? number  seconds, at least 0; 0 tries once
+---@field comment? string|boolean  an SQL comment that shows an administrator who locks what, and where
+
+---@class pglocks.held
+---@field key pglocks.key
+---@field name? string
+---@field mode "exclusive"|"shared"
+---@field scope "session"
+---@field count integer  locks of this connection on the key, in this mode
+
+---@alias pglocks.body fun(lock: pglocks.lock, ...: any): ...
+
+---@alias pglocks.on_lost fun(conn: pglocks.connection, err: pglocks.error, locks: pglocks.held[])
+
+--- A connection: a conninfo string or URI, or a table of these and of libpq's keywords. Without
+--- one, the PG* environment.
+---@class pglocks.description
+---@field conninfo? string
+---@field timeout? number  seconds for connecting, over all hosts; each has `connect_timeout`, or 5
+---@field reply_timeout? number  seconds for answers that need no waiting (10)
+---@field on_lost? pglocks.on_lost  called once, in the next call on a connection that was lost
+---@field release? "confirmed"|"deferred"  "deferred": the end of a lock is sent, not waited for
+---@field allow_standby? boolean
+---@field pooled? "session"  take a connection pooler's word that it pools sessions only
+---@field [string] string|number  libpq's keywords
+
+-- ---- connections ------------------------------------------------------------------------
+
+--- A session on a server. Locks on one connection do not exclude each other; those of different
+--- connections do. Closed at the end of a scope where it is declared `<close>`.
+---@class pglocks.connection
+---@field backend_pid integer  of the server process, as in pg_stat_activity
+---@field server_version integer  150004 is 15.4
+---@field is_pooled boolean
+local connection = {}
+
+--- Waits for a lock, for ever or `timeout` seconds. Never returns without holding it.
+--- Raises timeout, deadlock, lost, interrupted, unknown, too_many_locks, aborted_transaction,
+--- closed, busy_connection, forked, server; and an argument error for a wrong key or option.
+---
+---     local lock <close> = conn:lock("invoice 42", { timeout = 5 })
+---@param key pglocks.locked
+---@param options? pglocks.options
+---@return pglocks.lock
+function connection:lock(key, options) end
+
+--- Takes a lock if it is free, or becomes so within `timeout` seconds (0 without it).
+--- Raises what `lock` raises, but for timeout.
+---
+---     local lock <close>, why = conn:try_lock "nightly"
+---@param key pglocks.locked
+---@param options? pglocks.options
+---@return pglocks.lock|nil lock
+---@return nil|"busy"|"timeout" why  "timeout" after a wait
+function connection:try_lock(key, options) end
+
+--- Calls `fn(lock, ...)` while holding the lock, and releases it before it returns or rethrows.
+--- Raises what `lock`, `fn` and `release` raise; never calls `fn` without the lock.
+---
+---     local total = conn:with_lock("invoice 42", { timeout = 5 }, function(lock) return add_up() end)
+---@param key pglocks.locked
+---@param options? pglocks.options  may be left out: with_lock(key, fn, ...)
+---@param fn pglocks.body
+---@param ... any
+---@return any ...  what fn returned
+---@overload fun(self: pglocks.connection, key: pglocks.locked, fn: pglocks.body, ...: any): ...
+function connection:with_lock(key, options, fn, ...) end
+
+--- Calls `fn(lock, ...)` if the lock is to be had, as `try_lock` says.
+--- Raises what `try_lock`, `fn` and `release` raise.
+---
+---     local ran, result = conn:try_with_lock("nightly", function(lock) return import() end)
+---@param key pglocks.locked
+---@param options? pglocks.options  may be left out: try_with_lock(key, fn, ...)
+---@param fn pglocks.body
+---@param ... any
+---@return boolean ran
+---@return any ...  what fn returned; or "busy" or "timeout"
+---@overload fun(self: pglocks.connection, key: pglocks.locked, fn: pglocks.body, ...: any): boolean, ...
+function connection:try_with_lock(key, options, fn, ...) end
+
+--- Calls `fn(conn, ...)` inside a transaction: COMMIT when it returns, ROLLBACK when it raises.
+--- Raises what `fn` raises, aborted_transaction where a statement had failed, and server where a
+--- transaction is open already. Locks are of the session: they do not end with it.
+---
+---     conn:transaction(function(c) c:query("UPDATE account SET paid = true WHERE id = $1", 42) end)
+---@param fn fun(conn: pglocks.connection, ...: any): ...
+---@param ... any
+---@return any ...  what fn returned
+function connection:transaction(fn, ...) end
+
+--- Runs one statement; `...` are up to 64 values for $1, $2 and so on. Raises as `lock` does, and
+--- permission and server. One that starts COPY raises and closes the connection.
+---
+---     local rows = conn:query("SELECT id, total FROM invoice WHERE id = $1", 42)
+---@param sql string
+---@param ... nil|boolean|number|string
+---@return table<string, boolean|integer|string>[] rows  by column name; NULL is nil, numeric and
+--- all other types are strings, as is a bigint past 2^53 on LuaJIT
+function connection:query(sql, ...) end
+
+--- What this connection holds; nothing once its session is lost. Never asks the server.
+---
+---     for _, held in ipairs(conn:locks()) do print(held.key, held.mode, held.count) end
+---@return pglocks.held[]
+function connection:locks() end
+
+--- False once the session is known to be gone. Looks at the socket, without a round trip.
+---
+---     if not conn:alive() then conn = pglocks.connect "postgresql:///app" end
+---@return boolean
+function connection:alive() end
+
+--- A round trip. Raises unknown, and closes the connection, without an answer in time; lost,
+--- closed, busy_connection, forked.
+---
+---     conn:ping(2)
+---@param timeout? number  seconds; without it the connection's `reply_timeout`
+---@return true
+function connection:ping(timeout) end
+
+--- Ends the wait that another coroutine is in on this connection; that call raises interrupted.
+---
+---     conn:cancel()
+---@return boolean waiting  false: there was none
+function connection:cancel() end
+
+--- Releases all locks and closes; when it returns, they are free. A second time does nothing.
+--- Raises busy_connection.
+---
+---     conn:close()
+function connection:close() end
+
+-- ---- locks ------------------------------------------------------------------------------
+
+--- Released when its scope ends, where it is declared `<close>`, and at the latest when collected.
+---@class pglocks.lock
+---@field acquired boolean  false only for what `advisory_lock` with `wait = false` did not get
+---@field shared boolean
+---@field key pglocks.key
+---@field name? string  where the key was made from one
+---@field waited? number  seconds
+local lock = {}
+
+--- Lets go. With `release = "deferred"`, true means that the request was sent.
+--- Raises lost, not_held if the server no longer knew the lock, unknown, busy_connection, forked.
+---
+---     lock:release()
+---@return true|nil  nil: it was not held
+---@return nil|"not held"
+function lock:release() end
+
+--- False once it is known that the lock is no longer held. Without a round trip: a loss that has
+--- not reached this machine yet is not seen. Never raises.
+---
+---     while lock:held() and work_left() do work() end
+---@return boolean
+function lock:held() end
+
+--- Asks the server, for the moment before a step that cannot be undone.
+--- Raises lost unless the server confirms the lock; not_held after a release, unknown without an
+--- answer in time, aborted_transaction, busy_connection, forked.
+---
+---     lock:check(2)
+---@param timeout? number  seconds; without it the connection's `reply_timeout`
+---@return true
+function lock:check(timeout) end
+
+-- ---- pglocks.core -----------------------------------------------------------------------
+
+--- Internal to pglocks: it may change in any version.
+---@class pglocks.core
+---@field connection pglocks.connection  the methods of connections
+---@field lock pglocks.lock  the methods of locks
+---@field start pglocks.start
+local core = {}
+
+--- Seconds of a clock that only goes forward. Never raises.
+---@return number
+function core.now() end
+
+--- Marks a Lua source as pglocks' own: argument errors then name the line that called it.
+---@param source string  as debug.getinfo names it
+function core.own_source(source) end
+
+--- Raises an error object.
+---@param code pglocks.code  any other becomes "server"
+---@param message string
+function core.raise(code, message) end
+
+--- Raises an argument error on the line that called pglocks.
+---@param argument integer  counted without the connection
+---@param expected string
+function core.raise_argument(argument, expected) end
+
+--- A key as PostgreSQL sees it. Raises an argument error.
+---@param key pglocks.locked
+---@param options? pglocks.hashing
+---@return pglocks.key
+function core.key(key, options) end
+
+--- The scheme and the namespace of every later call that does not say its own; without them, as
+--- at the start. Raises an argument error.
+---@param options? pglocks.hashing
+function core.key_defaults(options) end
+
+--- What libpq knows of a connection string, or, without one, all its keywords with their defaults.
+--- Raises for what is no string; nil for what cannot be parsed.
+---@param conninfo? string
+---@return table<string, string|false>|nil
+function core.conninfo(conninfo) end
+
+--- Sets what only pglocks' own files set on a connection.
+---@param conn pglocks.connection
+---@param settings { reply_timeout?: number, deferred?: boolean, pooled?: boolean, backend_pid?: integer }
+function core.configure(conn, settings) end
+
+--- Is a transaction open, as the server last said?
+---@param conn pglocks.connection
+---@return boolean
+function core.in_transaction(conn) end
+
+--- As `connection:query`, with a time limit, and the command tag. Raises the same, and unknown.
+---@param conn pglocks.connection
+---@param seconds number  less than 0: no limit
+---@param sql string
+---@param ... nil|boolean|number|string
+---@return table[] rows
+---@return string tag  "SELECT 1"
+function core.execute(conn, seconds, sql, ...) end
+
+--- As `connection:try_lock`, but returns a lock object in either case: `acquired` tells.
+---@param conn pglocks.connection
+---@param key pglocks.locked
+---@param options? pglocks.options
+---@return pglocks.lock
+function core.attempt(conn, key, options) end
+
+--- Drives the operation of a connection to its end, blocking. Raises nothing but argument errors.
+---@param conn pglocks.connection
+function core.run(conn) end
+
+--- Does what can be done without waiting.
+---@param conn pglocks.connection
+---@return nil|"r"|"w"|"rw" direction  nothing: the operation is done
+---@return integer|nil fd
+---@return number|nil seconds  left; infinite: no deadline
+function core.step(conn) end
+
+--- What the operation that is done returns, or raises.
+---@param conn pglocks.connection
+---@return any ...
+function core.finish(conn) end
+
+-- ---- pglocks.core.start -----------------------------------------------------------------
+
+--- The same operations, begun and not waited for: drive them with `core.step`, then
+--- `core.finish`. Each raises for wrong arguments and on a connection that is not free.
+---@class pglocks.start
+local start = {}
+
+--- `core.finish` returns true, or nil and the error.
+---@param keywords table<string, string>  of libpq
+---@param seconds number
+---@param on_lost? pglocks.on_lost
+---@return pglocks.connection
+function start.connect(keywords, seconds, on_lost) end
+
+---@param conn pglocks.connection
+function start.close(conn) end
+
+---@param conn pglocks.connection
+---@param key pglocks.locked
+---@param options? pglocks.options
+function start.lock(conn, key, options) end
+
+---@param conn pglocks.connection
+---@param key pglocks.locked
+---@param options? pglocks.options
+function start.try_lock(conn, key, options) end
+
+---@param conn pglocks.connection
+---@param key pglocks.locked
+---@param options? pglocks.options
+function start.attempt(conn, key, options) end
+
+---@param lock pglocks.lock
+---@return pglocks.connection  the one to drive
+function start.release(lock) end
+
+---@param lock pglocks.lock
+---@param timeout? number  seconds; without it the connection's `reply_timeout`
+---@return pglocks.connection  the one to drive
+function start.check(lock, timeout) end
+
+---@param conn pglocks.connection
+---@param sql string
+---@param ... nil|boolean|number|string
+function start.query(conn, sql, ...) end
+
+---@param conn pglocks.connection
+---@param seconds number  less than 0: no limit
+---@param sql string
+---@param ... nil|boolean|number|string
+function start.execute(conn, seconds, sql, ...) end
+
+---@param conn pglocks.connection
+---@param timeout? number  seconds; without it the connection's `reply_timeout`
+function start.ping(conn, timeout) end
+
+return core
