@@ -39,6 +39,7 @@ build = {
         "src/module.c",
         "src/connection.c",
         "src/command.c",
+        "src/holding.c",
         "src/lock.c",
         "src/query.c",
         "src/key.c",

@@ -247,6 +247,11 @@ void operation_begin(struct session *s, const struct operation_kind *kind, doubl
   op->kind = kind;
   op->started = monotonic_now();
   op->deadline = deadline;
+  op->reply_by = INFINITY;
+}
+
+static double operation_deadline(const struct session *s) {
+  return fmin(s->op.deadline, s->op.reply_by);
 }
 
 void operation_drop(struct session *s) {
@@ -275,10 +280,9 @@ void operation_done(struct session *s, enum code code, const char *sqlstate, con
 
 static void operation_interrupt(struct session *s) {
   struct operation *op = &s->op;
-  double reply_by = monotonic_now() + s->reply_timeout;
   if (op->interrupted || op->done) return;
   op->interrupted = true;
-  if (reply_by < op->deadline) op->deadline = reply_by;
+  op->deadline = fmin(op->deadline, monotonic_now() + s->reply_timeout);
   if (s->state == SESSION_CONNECTING) {
     session_disconnect(s);
     s->state = SESSION_CLOSED;
@@ -313,7 +317,7 @@ static void operation_progress(struct session *s) {
     cancel_look(s);
     if (op->unanswered == 0 && s->cancel == NULL) op->kind->advance(s);
   }
-  if (!op->done && monotonic_now() >= op->deadline) operation_expire(s);
+  if (!op->done && monotonic_now() >= operation_deadline(s)) operation_expire(s);
 }
 
 /* What it waits for. False: it is done. */
@@ -362,7 +366,7 @@ void operation_run(lua_State *L, struct session *s) {
   struct pollfd wait;
   bool interruptible = s->op.kind->interruptible;
   while (operation_wants(s, &wait)) {
-    double left = s->op.deadline - monotonic_now();
+    double left = operation_deadline(s) - monotonic_now();
     bool sliced = interruptible && !s->op.interrupted && left > SLICE;
     struct timespec time, *limit = &time;
     int ready;
@@ -673,7 +677,7 @@ static int step(lua_State *L) {
   if (!operation_wants(s, &wait)) return 0;
   lua_pushstring(L, wait.events == POLLIN ? "r" : wait.events == POLLOUT ? "w" : "rw");
   lua_pushinteger(L, wait.fd);
-  lua_pushnumber(L, fmax(0, s->op.deadline - monotonic_now()));
+  lua_pushnumber(L, fmax(0, operation_deadline(s) - monotonic_now()));
   return 3;
 }
 
@@ -693,8 +697,6 @@ static void session_close(struct session *s) {
   if (s->op.kind != NULL && !s->op.done)
     operation_done(s, CLOSED, "", "this connection was closed meanwhile");
 }
-
-enum { CANCELLED_AT_MOST = 50 };
 
 static void closing_send(struct session *s) {
   static const char unlock_all[] = "SELECT pg_catalog.pg_advisory_unlock_all()";

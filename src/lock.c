@@ -11,8 +11,6 @@
 
 #define MAGIC 0x70676c6cu
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
-#define CANCELLED_AT_MOST 50
-#define NOT_HELD_MESSAGE "the server did not hold the lock any more"
 
 /* A lock in LOCK_HELD is held as long as its session is open. */
 enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
@@ -31,122 +29,7 @@ struct lock {
   char name[];
 };
 
-/* ---- holdings -------------------------------------------------------------------------- */
-
-static size_t bucket_of(const struct session *s, const struct key *key, bool shared) {
-  uint64_t h = (uint64_t)key->classid << 32 | key->objid;
-  h = (h ^ (uint64_t)key->objsubid << 1 ^ shared) * 0x9e3779b97f4a7c15u;
-  return (size_t)(h >> 32) & (s->bucket_count - 1);
-}
-
-static struct holding **holding_find(struct session *s, const struct key *key, bool shared) {
-  struct holding **h = &s->buckets[bucket_of(s, key, shared)];
-  while (*h != NULL && !((*h)->shared == shared && key_equal(&(*h)->key, key))) h = &(*h)->next;
-  return h;
-}
-
-/* More buckets; without memory for them the chains just grow longer. */
-static void holdings_grow(struct session *s) {
-  size_t old_count = s->bucket_count;
-  struct holding **old = s->buckets, **more = calloc(old_count * 4, sizeof *more);
-  if (more == NULL) return;
-  s->buckets = more;
-  s->bucket_count = old_count * 4;
-  for (size_t i = 0; i < old_count; i++)
-    while (old[i] != NULL) {
-      struct holding *h = old[i], **to = holding_find(s, &h->key, h->shared);
-      old[i] = h->next;
-      h->next = *to;
-      *to = h;
-    }
-  if (old != s->first_buckets) free(old);
-}
-
-/* The holding of a key and mode, made where there is none; NULL without memory. */
-static struct holding *holding_get(struct session *s, const struct key *key, bool shared) {
-  struct holding **at, *h;
-  if (s->holding_count >= s->bucket_count * 2) holdings_grow(s);
-  at = holding_find(s, key, shared);
-  if (*at != NULL) return *at;
-  h = s->spare_holdings;
-  if (h != NULL)
-    s->spare_holdings = h->next;
-  else if ((h = malloc(sizeof *h)) == NULL)
-    return NULL;
-  memset(h, 0, sizeof *h);
-  h->key = *key;
-  h->shared = shared;
-  *at = h;
-  s->holding_count++;
-  return h;
-}
-
-/* Forgets a holding that nothing is held, in flight or in doubt on. */
-static void holding_put(struct session *s, struct holding *h) {
-  struct holding **at;
-  if (h->count > 0 || h->releasing > 0 || h->doubtful || s->op.holding == h) return;
-  at = holding_find(s, &h->key, h->shared);
-  *at = h->next;
-  h->next = s->spare_holdings;
-  s->spare_holdings = h;
-  s->holding_count--;
-}
-
-static void holding_doubt(struct session *s, struct holding *h) {
-  if (!h->doubtful) s->doubtful++;
-  h->doubtful = true;
-}
-
-static void holding_trust(struct session *s, struct holding *h) {
-  if (!h->doubtful) return;
-  h->doubtful = h->untouched = false;
-  if (--s->doubtful == 0) s->settle_rounds = 0;
-}
-
-/* Somebody had dropped the prepared statement: the server did nothing. */
-static bool never_ran(const struct failure *failure) {
-  return strcmp(failure->sqlstate, "26000") == 0;
-}
-
-void holding_answered(struct session *s, const struct command *command) {
-  struct holding *h = command->holding;
-  const struct answer *answer = &command->answer;
-  if (answer->failed) {
-    h->untouched = h->untouched || (!command->settles && never_ran(&answer->failure));
-    holding_doubt(s, h);
-  } else {
-    if (answer->value != VALUE_TRUE && (!command->settles || h->untouched)) {
-      failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
-      s->release_key = h->key;
-    }
-    holding_trust(s, h);
-  }
-  holding_put(s, h);
-}
-
-void holdings_settle(struct session *s) {
-  bool sent = false;
-  if (s->doubtful == 0 || s->transaction_failed) return;
-  for (size_t i = 0; i < s->bucket_count; i++)
-    for (struct holding *h = s->buckets[i]; h != NULL && s->pg != NULL; h = h->next)
-      if (h->doubtful && h->releasing == 0) {
-        command_guard(s, GUARD_UNLOCK, &h->key, h->shared, h);
-        sent = true;
-      }
-  if (sent && s->settle_rounds++ > CANCELLED_AT_MOST)
-    session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
-}
-
-void holdings_free(struct session *s) {
-  for (size_t i = 0; i <= s->bucket_count; i++) {
-    struct holding *h = i < s->bucket_count ? s->buckets[i] : s->spare_holdings, *next;
-    for (; h != NULL; h = next) {
-      next = h->next;
-      free(h);
-    }
-  }
-  if (s->buckets != s->first_buckets) free(s->buckets);
-}
+/* ---- the locks on a holding ------------------------------------------------------------ */
 
 static void name_push(lua_State *L, const struct lock *lock) {
   if (lock->has_name)
@@ -214,6 +97,7 @@ static void go(struct session *s, enum state state) {
   struct operation *op = &s->op;
   struct holding *h = op->holding;
   op->state = (int)state;
+  op->reply_by = state == MAIN ? INFINITY : monotonic_now() + s->reply_timeout;
   switch (state) {
   case MAIN:
     main_send(s);
@@ -278,11 +162,32 @@ static bool settling(struct session *s) {
 
 enum demand { DEMAND_LOCK, DEMAND_TRY, DEMAND_ATTEMPT };
 
+static void refused(struct session *s) {
+  struct operation *op = &s->op;
+  const struct lock *lock = op->lock;
+  char key[NAME_IN_MESSAGE];
+  if (op->interrupted) op->failure.code = INTERRUPTED;
+  if (op->failure.code != TIMEOUT) {
+    finished(s, op->failure.code, op->failure.message);
+    return;
+  }
+  lock_describe(lock, key);
+  if (op->timeout > 0)
+    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s within %.7g s", key, op->timeout);
+  else
+    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds it", key);
+  finished(s, TIMEOUT, op->failure.message);
+}
+
 static void acquire_send(struct session *s) {
   struct operation *op = &s->op;
   struct holding *h = op->holding;
   enum verb verb = op->timeout < 0 ? VERB_LOCK : op->timeout > 0 ? VERB_LOCK_TIMED : VERB_TRY;
   char milliseconds[12];
+  if (op->interrupted) { /* between two attempts */
+    refused(s);
+    return;
+  }
   if (verb == VERB_LOCK_TIMED) {
     double left = op->timeout;
     if (op->rounds > 0) left += op->started - monotonic_now();
@@ -304,23 +209,6 @@ static void granted(struct session *s) {
   finished(s, NO_ERROR, "");
 }
 
-static void refused(struct session *s) {
-  struct operation *op = &s->op;
-  const struct lock *lock = op->lock;
-  char key[NAME_IN_MESSAGE];
-  if (op->interrupted) op->failure.code = INTERRUPTED;
-  if (op->failure.code != TIMEOUT) {
-    finished(s, op->failure.code, op->failure.message);
-    return;
-  }
-  lock_describe(lock, key);
-  if (op->timeout > 0)
-    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s within %.7g s", key, op->timeout);
-  else
-    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds it", key);
-  finished(s, TIMEOUT, op->failure.message);
-}
-
 static void acquire_advance(struct session *s) {
   struct operation *op = &s->op;
   if (settling(s)) return;
@@ -336,7 +224,7 @@ static void acquire_advance(struct session *s) {
     op->rounds++;
     go(s, SETTLE);
   } else if (op->answer.value == VALUE_FALSE) {
-    op->failure.code = TIMEOUT;
+    failure_set(&op->failure, TIMEOUT, "", "%s", "");
     refused(s);
   } else if (op->interrupted) {
     failure_set(&op->failure, INTERRUPTED, "", "interrupted");
@@ -481,7 +369,10 @@ static struct session *acquire_begin(lua_State *L, enum demand demand) {
     slot_set(L, 1, SLOT_COMMENT);
   }
   h = holding_get(s, &key, o.shared);
-  if (h == NULL) luaL_error(L, "not enough memory");
+  if (h == NULL) {
+    luaL_error(L, "not enough memory");
+    return NULL; /* not reached */
+  }
   if (h->count > 0 && !session_alive(s)) connection_ready(L, 1); /* raises lost */
 
   operation_begin(s, &acquiring,
@@ -535,7 +426,7 @@ static void release_advance(struct session *s) {
   struct operation *op = &s->op;
   if (settling(s)) return;
   if (op->answer.failed) {
-    bool again = never_ran(&op->answer.failure) && op->rounds++ == 0;
+    bool again = failure_never_ran(&op->answer.failure) && op->rounds++ == 0;
     op->guard = GUARD_UNLOCK;
     recover(s, again ? MAIN : GUARD);
   } else if (op->answer.value == VALUE_TRUE)
@@ -683,7 +574,7 @@ static void conclude(struct session *s, bool held) {
     go(s, GUARD);
   } else if (held)
     granted(s);
-  else if (never_ran(&op->failure) && op->rounds++ == 0)
+  else if (failure_never_ran(&op->failure) && op->rounds++ == 0)
     go(s, MAIN);
   else
     refused(s);

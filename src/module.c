@@ -151,6 +151,10 @@ void failure_set(struct failure *failure, enum code code, const char *sqlstate,
   memcpy(failure->message, message, sizeof message);
 }
 
+bool failure_never_ran(const struct failure *failure) {
+  return strcmp(failure->sqlstate, "26000") == 0;
+}
+
 void failure_push(lua_State *L, const struct failure *failure, const struct key *key) {
   luaL_checkstack(L, 4, NULL);
   lua_createtable(L, 0, 6);

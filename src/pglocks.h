@@ -5,6 +5,7 @@
  *   operation   what a caller waits for: one or more commands, and what follows from
  *               their answers (connection.c drives it, its kind decides)
  *   holding     a (key, mode) that the session holds or is about to; counts the locks on it
+ *               (holding.c)
  *   lock        a userdata, one for every acquire (lock.c)
  *   key         what PostgreSQL locks (key.c)
  *
@@ -119,6 +120,8 @@ struct failure {
 
 void failure_set(struct failure *failure, enum code code, const char *sqlstate,
                  const char *format, ...) __attribute__((format(printf, 4, 5)));
+/* Somebody had dropped the prepared statement: the server did nothing. */
+bool failure_never_ran(const struct failure *failure);
 void failure_push(lua_State *L, const struct failure *failure, const struct key *key);
 
 /* ---- command.c ------------------------------------------------------------------------ */
@@ -191,6 +194,7 @@ struct operation {
   struct answer answer;
   struct failure failure; /* once done; NO_ERROR: success */
   double started, deadline; /* monotonic seconds; INFINITY: none */
+  double reply_by;          /* a deadline of the step it is at, that needs no waiting */
   PGresult *result;         /* of a query */
   /* acquire, release and check */
   struct lock *lock;
@@ -276,7 +280,7 @@ void operation_drop(struct session *s); /* is over, whatever became of it */
 
 void query_open(lua_State *L); /* adds to the methods at the top, and to `start` below it */
 
-/* ---- lock.c --------------------------------------------------------------------------- */
+/* ---- holding.c ------------------------------------------------------------------------ */
 
 struct holding {
   struct key key;
@@ -289,15 +293,27 @@ struct holding {
   struct holding *next; /* in its bucket, or among the spare ones */
 };
 
+#define CANCELLED_AT_MOST 50 /* times that a statement is repeated because a cancel hit it */
+#define NOT_HELD_MESSAGE "the server did not hold the lock any more"
+
+/* The holding of a key and mode, made where there is none; NULL without memory. */
+struct holding *holding_get(struct session *s, const struct key *key, bool shared);
+/* Forgets a holding that nothing is held, in flight or in doubt on. */
+void holding_put(struct session *s, struct holding *h);
+void holding_doubt(struct session *s, struct holding *h);
+void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holding_answered(struct session *s, const struct command *command);
-/* Seconds >= 0, clamped to what PostgreSQL can count; or raises. */
-double timeout_check(lua_State *L, int index, int argument, const char *what);
 /* Sends the guard for every doubtful holding, unless the transaction must end first. */
 void holdings_settle(struct session *s);
+void holdings_free(struct session *s);
+
+/* ---- lock.c --------------------------------------------------------------------------- */
+
+/* Seconds >= 0, clamped to what PostgreSQL can count; or raises. */
+double timeout_check(lua_State *L, int index, int argument, const char *what);
 /* What is held: { { key =, name =, mode =, scope =, count = }, ... }; empty if not `any`. */
 void holdings_push(lua_State *L, const struct session *s, bool any);
-void holdings_free(struct session *s);
 void lock_open(lua_State *L);
 
 #endif

@@ -137,15 +137,19 @@ static int connection_query(lua_State *L) {
   return 1;
 }
 
-/* execute(conn, seconds, sql, ...): the rows and the command tag. */
+/* execute(conn, seconds, sql, ...): the rows and the command tag. seconds: nil is the reply
+ * timeout, negative no deadline. */
+static struct session *execute_begin(lua_State *L) {
+  double seconds = connection_check(L, 1)->reply_timeout;
+  return query_begin(L, 3, lua_isnil(L, 2) ? seconds : luaL_checknumber(L, 2));
+}
+
 static int start_execute(lua_State *L) {
-  query_begin(L, 3, luaL_checknumber(L, 2));
+  execute_begin(L);
   return 0;
 }
 
-static int execute(lua_State *L) {
-  return operation_complete(L, query_begin(L, 3, luaL_checknumber(L, 2)));
-}
+static int execute(lua_State *L) { return operation_complete(L, execute_begin(L)); }
 
 /* ---- ping ------------------------------------------------------------------------------ */
 

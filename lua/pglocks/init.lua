@@ -73,13 +73,13 @@ core.connection.try_with_lock = try_with_lock
 
 -- ---- transactions -----------------------------------------------------------------------
 
-local WITHOUT_DEADLINE = -1
+local WITHIN_REPLY_TIMEOUT, WITHOUT_DEADLINE = nil, -1
 
 local Transaction = {}
 
 -- An error is in flight, and must not be masked: the session that cannot roll back is lost anyway.
 function Transaction:__close()
-  if not self.committed then pcall(core.execute, self.conn, WITHOUT_DEADLINE, "ROLLBACK") end
+  if not self.committed then pcall(core.execute, self.conn, WITHIN_REPLY_TIMEOUT, "ROLLBACK") end
 end
 
 local function commit(transaction, ...)
@@ -98,7 +98,7 @@ function core.connection.transaction(conn, fn, ...)
   if core.in_transaction(conn) then
     core.raise("server", "a transaction is open on this connection already")
   end
-  core.execute(conn, WITHOUT_DEADLINE, "BEGIN")
+  core.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
   return run(setmetatable({ conn = conn }, Transaction), commit, fn, conn, ...)
 end
 

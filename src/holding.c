@@ -1,0 +1,116 @@
+/* holding.c: what a session holds, counted here: the server never holds a key and mode more than
+ * once for us. And the releases that went wrong, until the guard has settled them. */
+#include "pglocks.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static size_t bucket_of(const struct session *s, const struct key *key, bool shared) {
+  uint64_t h = (uint64_t)key->classid << 32 | key->objid;
+  h = (h ^ (uint64_t)key->objsubid << 1 ^ shared) * 0x9e3779b97f4a7c15u;
+  return (size_t)(h >> 32) & (s->bucket_count - 1);
+}
+
+static struct holding **holding_find(struct session *s, const struct key *key, bool shared) {
+  struct holding **h = &s->buckets[bucket_of(s, key, shared)];
+  while (*h != NULL && !((*h)->shared == shared && key_equal(&(*h)->key, key))) h = &(*h)->next;
+  return h;
+}
+
+/* More buckets; without memory for them the chains just grow longer. */
+static void holdings_grow(struct session *s) {
+  size_t old_count = s->bucket_count;
+  struct holding **old = s->buckets, **more = calloc(old_count * 4, sizeof *more);
+  if (more == NULL) return;
+  s->buckets = more;
+  s->bucket_count = old_count * 4;
+  for (size_t i = 0; i < old_count; i++)
+    while (old[i] != NULL) {
+      struct holding *h = old[i], **to = holding_find(s, &h->key, h->shared);
+      old[i] = h->next;
+      h->next = *to;
+      *to = h;
+    }
+  if (old != s->first_buckets) free(old);
+}
+
+/* The holding of a key and mode, made where there is none; NULL without memory. */
+struct holding *holding_get(struct session *s, const struct key *key, bool shared) {
+  struct holding **at, *h;
+  if (s->holding_count >= s->bucket_count * 2) holdings_grow(s);
+  at = holding_find(s, key, shared);
+  if (*at != NULL) return *at;
+  h = s->spare_holdings;
+  if (h != NULL)
+    s->spare_holdings = h->next;
+  else if ((h = malloc(sizeof *h)) == NULL)
+    return NULL;
+  memset(h, 0, sizeof *h);
+  h->key = *key;
+  h->shared = shared;
+  *at = h;
+  s->holding_count++;
+  return h;
+}
+
+/* Forgets a holding that nothing is held, in flight or in doubt on. */
+void holding_put(struct session *s, struct holding *h) {
+  struct holding **at;
+  if (h->count > 0 || h->releasing > 0 || h->doubtful || s->op.holding == h) return;
+  at = holding_find(s, &h->key, h->shared);
+  *at = h->next;
+  h->next = s->spare_holdings;
+  s->spare_holdings = h;
+  s->holding_count--;
+}
+
+void holding_doubt(struct session *s, struct holding *h) {
+  if (!h->doubtful) s->doubtful++;
+  h->doubtful = true;
+}
+
+void holding_trust(struct session *s, struct holding *h) {
+  if (!h->doubtful) return;
+  h->doubtful = h->untouched = false;
+  if (--s->doubtful == 0) s->settle_rounds = 0;
+}
+
+void holding_answered(struct session *s, const struct command *command) {
+  struct holding *h = command->holding;
+  const struct answer *answer = &command->answer;
+  if (answer->failed) {
+    h->untouched = h->untouched || (!command->settles && failure_never_ran(&answer->failure));
+    holding_doubt(s, h);
+  } else {
+    if (answer->value != VALUE_TRUE && (!command->settles || h->untouched)) {
+      failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
+      s->release_key = h->key;
+    }
+    holding_trust(s, h);
+  }
+  holding_put(s, h);
+}
+
+void holdings_settle(struct session *s) {
+  bool sent = false;
+  if (s->doubtful == 0 || s->transaction_failed) return;
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL && s->pg != NULL; h = h->next)
+      if (h->doubtful && h->releasing == 0) {
+        command_guard(s, GUARD_UNLOCK, &h->key, h->shared, h);
+        sent = true;
+      }
+  if (sent && s->settle_rounds++ > CANCELLED_AT_MOST)
+    session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
+}
+
+void holdings_free(struct session *s) {
+  for (size_t i = 0; i <= s->bucket_count; i++) {
+    struct holding *h = i < s->bucket_count ? s->buckets[i] : s->spare_holdings, *next;
+    for (; h != NULL; h = next) {
+      next = h->next;
+      free(h);
+    }
+  }
+  if (s->buckets != s->first_buckets) free(s->buckets);
+}
