@@ -34,6 +34,7 @@ build = {
     ["pglocks"] = "lua/pglocks/init.lua",
     ["pglocks.connect"] = "lua/pglocks/connect.lua",
     ["pglocks.scope"] = "lua/pglocks/scope.lua",
+    ["pglocks.types"] = "lua/pglocks/types.lua",
     ["pglocks.core"] = {
       sources = {
         "src/module.c",

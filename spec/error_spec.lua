@@ -3,11 +3,7 @@ local support = require "spec.support"
 
 local core = support.core
 
-local function raised(...)
-  local ok, err = pcall(...)
-  assert.is_false(ok, "an error was expected")
-  return err
-end
+local raised = support.raised
 
 local server = core.conninfo(support.conninfo)
 

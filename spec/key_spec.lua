@@ -13,11 +13,7 @@ local function setup(...) pglocks.setup(...) end
 --- A number as LuaJIT alone can write it ("42LL"); the text is no Lua for others.
 local function cdata(text) return load("return " .. text)() end
 
-local function raised(...)
-  local ok, err = pcall(...)
-  assert.is_false(ok, "an error was expected")
-  return err
-end
+local raised = support.raised
 
 local function assert_raises(expected, ...)
   local message = tostring(raised(...))

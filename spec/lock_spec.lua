@@ -4,17 +4,8 @@ local support = require "spec.support"
 local core = support.core
 local unpack = table.unpack or unpack
 
-local function raised(...)
-  local ok, err = pcall(...)
-  assert.is_false(ok, "an error was expected")
-  return err
-end
-
-local function assert_code(code, ...)
-  local err = raised(...)
-  assert.equal(code, type(err) == "table" and err.code or err)
-  return err
-end
+local raised = support.raised
+local assert_code = support.assert_code
 
 --- Which statement this backend began last, and when: the same again means nothing was sent.
 local function activity(conn)

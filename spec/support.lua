@@ -139,6 +139,23 @@ function support.spawn(script, ...)
   return process
 end
 
+-- ---- errors -----------------------------------------------------------------------------
+
+--- What a call raises; it must raise.
+function support.raised(...)
+  local ok, err = pcall(...)
+  assert(not ok, "an error was expected")
+  return err
+end
+
+--- The error object that a call raises, whose code must be this.
+function support.assert_code(code, ...)
+  local err = support.raised(...)
+  local got = type(err) == "table" and err.code or err
+  if got ~= code then error(("error code '%s' expected, got '%s'"):format(code, tostring(got)), 2) end
+  return err
+end
+
 -- ---- the server's log -------------------------------------------------------------------
 
 --- Returns a function that gives what the server has logged since; nil where it cannot be read.

@@ -512,14 +512,12 @@ static void connecting_failed(struct session *s) {
     } else
       line++;
   }
-  if (password != NULL && *password != '\0') {
-    size_t length = strlen(password);
-    while ((to = strstr(text, password)) != NULL) {
+  if (password != NULL && *password != '\0')
+    for (to = text; (to = strstr(to, password)) != NULL; to++) {
+      size_t length = strlen(password);
       *to = '*';
       memmove(to + 1, to + length, strlen(to + length) + 1);
-      if (length == 1) break;
     }
-  }
   session_disconnect(s);
   s->state = SESSION_CLOSED;
   operation_done(s, strcmp(sqlstate, "53300") == 0 ? TOO_MANY_CONNECTIONS : CONNECT, sqlstate,

@@ -90,7 +90,7 @@ bool key_option(lua_State *L, const char *option, int index, int argument, struc
   if (strcmp(option, "hash") == 0) {
     if (lua_type(L, index) != LUA_TSTRING)
       type_error(L, argument, "option 'hash': name of a scheme", index);
-    if (!find_scheme(lua_tostring(L, index), how))
+    if (!is_name(L, index) || !find_scheme(lua_tostring(L, index), how))
       argument_error(L, argument, lua_pushfstring(L, "option 'hash': unknown scheme '%s'",
                                                   lua_tostring(L, index)));
     how->explicit_scheme = true;
@@ -339,7 +339,7 @@ static void options_check(lua_State *L, int index, int argument, struct hashing 
   if (lua_isnoneornil(L, index)) return;
   if (!lua_istable(L, index)) type_error(L, argument, "table of options", index);
   for (lua_pushnil(L); lua_next(L, index); lua_pop(L, 1))
-    if (lua_type(L, -2) != LUA_TSTRING ||
+    if (!is_name(L, -2) ||
         !key_option(L, lua_tostring(L, -2), lua_gettop(L), argument, how))
       option_error(L, argument);
 }

@@ -247,6 +247,7 @@ static int acquire_finish(lua_State *L, struct session *s) {
   enum demand demand = (enum demand)op->demand;
   bool waited = op->timeout > 0;
   give_back_pending(L);
+  if (op->failure.code != NO_ERROR) op->lock->state = LOCK_CLOSED;
   if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
     operation_drop(s);
     if (demand == DEMAND_ATTEMPT) return 1;
@@ -303,9 +304,22 @@ static void options_check(lua_State *L, struct options *o) {
   if (lua_isnil(L, 3)) return;
   if (!lua_istable(L, 3)) type_error(L, 2, "table of options", 3);
   for (lua_pushnil(L); lua_next(L, 3); lua_pop(L, 1)) {
-    if (lua_type(L, -2) != LUA_TSTRING) option_error(L, 2);
+    if (!is_name(L, -2)) option_error(L, 2);
     option_check(L, lua_tostring(L, -2), lua_gettop(L), o);
   }
+}
+
+/* check(key, options): raises what conn:lock would raise about them. */
+static int check_arguments(lua_State *L) {
+  struct options o;
+  struct key key;
+  lua_settop(L, 2);
+  lua_pushnil(L);
+  lua_insert(L, 1);
+  lua_settop(L, 4);
+  options_check(L, &o);
+  key_check(L, 2, 1, &o.hashing, &key);
+  return 0;
 }
 
 /* The SQL comment that shows an administrator who locks what, and where in the program. No byte
@@ -661,6 +675,10 @@ static int lock_scope_end(lua_State *L) {
   else {
     release_begin(s, lock);
     operation_run(L, s);
+    if (s->op.failure.code == NOT_HELD) { /* nobody else would tell */
+      s->release_failure = s->op.failure;
+      s->release_key = lock->key;
+    }
     operation_drop(s);
   }
   if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR) {
@@ -745,7 +763,8 @@ static const luaL_Reg starters[] = {{"attempt", start_attempt},   {"check", star
                                     {"lock", start_lock},         {"release", start_release},
                                     {"try_lock", start_try_lock}, {NULL, NULL}};
 
-static const luaL_Reg functions[] = {{"attempt", attempt}, {NULL, NULL}};
+static const luaL_Reg functions[] = {
+    {"attempt", attempt}, {"check", check_arguments}, {NULL, NULL}};
 
 void lock_open(lua_State *L) {
   luaL_setfuncs(L, functions, 0);

@@ -91,6 +91,11 @@ int type_error(lua_State *L, int argument, const char *expected, int index) {
   argument_error(L, argument, lua_pushfstring(L, "%s expected, got %s", expected, got));
 }
 
+bool is_name(lua_State *L, int index) {
+  return lua_type(L, index) == LUA_TSTRING &&
+         strlen(lua_tostring(L, index)) == lua_rawlen(L, index);
+}
+
 int option_error(lua_State *L, int argument) {
   const char *option = lua_type(L, -2) == LUA_TSTRING ? lua_tostring(L, -2) : luaL_typename(L, -2);
   argument_error(L, argument, lua_pushfstring(L, "unknown option '%s'", option));

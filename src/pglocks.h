@@ -76,6 +76,8 @@ int argument_error(lua_State *L, int argument, const char *expected) __attribute
 /* "expected, got <type>" */
 int type_error(lua_State *L, int argument, const char *expected, int index)
     __attribute__((noreturn));
+/* A string without NUL, that strcmp sees whole. */
+bool is_name(lua_State *L, int index);
 /* "unknown option", for the key at -2 of a lua_next over the options. */
 int option_error(lua_State *L, int argument) __attribute__((noreturn));
 /* Where the user's code called us, as luaL_where says it; pushes a string. */

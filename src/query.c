@@ -7,15 +7,23 @@
 
 enum { MAX_PARAMETERS = 64, BOOL_OID = 16, INT8_OID = 20, INT2_OID = 21, INT4_OID = 23, OID_OID = 26 };
 
+enum { ANSWERED, SETTLED };
+
+/* Of query and ping. When a transaction has just ended, what could not be released inside it is
+ * let go, and that is waited for: the guards' answers come before that to a Sync after them. */
 static void query_advance(struct session *s) {
   struct operation *op = &s->op;
-  if (op->interrupted)
-    operation_done(s, INTERRUPTED, op->answer.failure.sqlstate, "interrupted");
-  else if (op->answer.failed)
-    operation_done(s, op->answer.failure.code, op->answer.failure.sqlstate, "%s",
-                   op->answer.failure.message);
-  else
-    operation_done(s, NO_ERROR, "", NULL);
+  if (op->state == ANSWERED) {
+    op->failure = op->answer.failure;
+    if (op->interrupted) failure_set(&op->failure, INTERRUPTED, "", "interrupted");
+  }
+  if (op->state == ANSWERED && s->doubtful > 0 && !s->transaction_failed) {
+    op->state = SETTLED;
+    op->reply_by = monotonic_now() + s->reply_timeout;
+    holdings_settle(s);
+    command_sync(s);
+  } else
+    operation_done(s, op->failure.code, op->failure.sqlstate, "%s", op->failure.message);
 }
 
 /* ---- rows ------------------------------------------------------------------------------ */

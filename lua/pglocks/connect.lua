@@ -73,14 +73,14 @@ local function add_table(described, keywords, options)
   end
 end
 
--- A password with an unescaped @, / or ? in it would turn up, in parts, as the host, the port or
--- the database, and in messages about them.
-local AMBIGUOUS_URI = "URI with %40, %2F and %3F for @, / and ? in the user's name and password expected"
+-- A password with an unescaped @ or / in it would turn up, in parts, as the host, the port or the
+-- database, and in messages about them.
+local AMBIGUOUS_URI = "URI with %40 and %2F for @ and / in the user's name and password expected"
 
 local function add_conninfo(string, keywords)
   if type(string) ~= "string" or string:find("\0", 1, true) then return BAD_CONNINFO end
-  local authority = string:match "^postgres%w*://(.*)"
-  if authority and (authority:find "@.*@" or authority:find "[/?].*@") then return AMBIGUOUS_URI end
+  local address = string:match "^postgres%w*://([^?]*)"
+  if address and address:find "[@/].*@" then return AMBIGUOUS_URI end
   local parsed = core.conninfo(string)
   if not parsed then return BAD_CONNINFO end
   for keyword, value in pairs(parsed) do keywords[keyword] = value end

@@ -40,27 +40,28 @@ local function release_true(lock, ...)
   return true, ...
 end
 
--- Of a connection, or of `program` below: whatever has `lock` and `try_lock`. The key, then
--- options or not, then the function and its arguments.
-local function with_lock(owner, key, ...)
-  local options, fn = ...
-  if callable(options) then
-    local lock = owner:lock(key)
-    return run(lock, release, options, lock, select(2, ...))
+-- The options, if there are any, the function, and how many arguments these are.
+local function body(options, fn)
+  if callable(options) then return nil, options, 1 end
+  if options ~= nil and type(options) ~= "table" then
+    core.raise_argument(2, ("table of options or function expected, got %s"):format(type(options)))
   end
-  check_function(options == nil and select("#", ...) < 2 and 2 or 3, fn)
+  check_function(options == nil and fn == nil and 2 or 3, fn)
+  return options, fn, 2
+end
+
+-- Of a connection, or of `program` below: whatever has `lock` and `try_lock`.
+local function with_lock(owner, key, ...)
+  local options, fn, count = body(...)
   local lock = owner:lock(key, options)
-  return run(lock, release, fn, lock, select(3, ...))
+  return run(lock, release, fn, lock, select(count + 1, ...))
 end
 
 local function try_with_lock(owner, key, ...)
-  local options, fn = ...
-  local first = 3
-  if callable(options) then options, fn, first = nil, options, 2 end
-  check_function(options == nil and select("#", ...) < 2 and 2 or 3, fn)
+  local options, fn, count = body(...)
   local lock, why = owner:try_lock(key, options)
   if not lock then return false, why end
-  return run(lock, release_true, fn, lock, select(first, ...))
+  return run(lock, release_true, fn, lock, select(count + 1, ...))
 end
 
 --- Calls `fn(lock, ...)` while holding the lock; waits as `lock` does.
@@ -104,9 +105,11 @@ end
 
 -- ---- connections ------------------------------------------------------------------------
 
---- Opens a connection of its own.
----@param described? string|table conninfo string, URI, or table of libpq's keywords and options
----@return userdata connection
+--- Opens a connection of its own. Raises connect, too_many_connections, standby, pooled.
+---
+---     local conn <close> = pglocks.connect "postgresql:///app"
+---@param described? string|pglocks.description without it the PG* environment
+---@return pglocks.connection
 function pglocks.connect(described)
   local keywords, options = opening.describe(described)
   if not keywords then core.raise_argument(1, options) end
@@ -123,53 +126,52 @@ local function owner(name)
   if conn and conn:alive() then return conn end
   local described = databases[name]
   if not described and name == "default" then described = { opening.describe() } end
+  if not described then
+    core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
+  end
   conn = opening.connect(described[1], described[2])
   connections[name] = conn
   return conn
 end
 
--- The connection that options name, and the options that are the connection's.
-local function choose(options)
-  if type(options) ~= "table" or options.using == nil then return owner "default", options end
+-- The database that options name, and the options that are the connection's.
+local function split(options)
+  if type(options) ~= "table" or options.using == nil then return "default", options end
   local name, rest = options.using, {}
   if type(name) ~= "string" then
     core.raise_argument(2, ("option 'using': name of a database expected, got %s")
       :format(type(name)))
-  elseif not databases[name] and name ~= "default" then
-    core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
   end
   for option, value in pairs(options) do
     if option ~= "using" then rest[option] = value end
   end
+  return name, rest
+end
+
+-- What is wrong is raised before a connection is opened for it.
+local function choose(key, options)
+  local name, rest = split(options)
+  core.check(key, rest)
   return owner(name), rest
 end
 
--- Raises what is wrong with a key before a connection is opened for it.
-local function check_key(key, options)
-  local hashing
-  if type(options) == "table" then
-    hashing = { hash = options.hash, namespace = options.namespace }
-  end
-  core.key(key, hashing)
-end
-
+-- Locks as a connection does, on the one that `using` names.
 local program = {}
 
 function program:lock(key, options) -- luacheck: no self
-  check_key(key, options)
-  local conn, rest = choose(options)
+  local conn, rest = choose(key, options)
   return through(conn:lock(key, rest))
 end
 
 function program:try_lock(key, options) -- luacheck: no self
-  check_key(key, options)
-  local conn, rest = choose(options)
+  local conn, rest = choose(key, options)
   return through(conn:try_lock(key, rest))
 end
 
 --- Names databases and sets defaults for the whole program. Called again, it starts afresh.
----@param settings string|table conninfo of the default database, or
---- { databases = { name = described }, hash =, namespace = }
+---
+---     pglocks.setup { databases = { default = "postgresql:///app", reports = "postgresql:///dw" } }
+---@param settings string|pglocks.settings conninfo of the default database, or all there is to set
 function pglocks.setup(settings)
   if type(settings) == "string" then settings = { databases = { default = settings } } end
   if type(settings) ~= "table" then
@@ -199,52 +201,80 @@ function pglocks.setup(settings)
 end
 
 --- A key as PostgreSQL sees it: comparable, with classid, objid and objsubid as in pg_locks.
----@param key integer|integer[]|string
----@param options? { hash: string, namespace: string }
----@return userdata key
+---
+---     print(pglocks.key "some lock")
+---@param key pglocks.locked
+---@param options? pglocks.hashing
+---@return pglocks.key
 pglocks.key = core.key
 
 -- ---- module-level locks -----------------------------------------------------------------
 
---- Waits for a lock on the database that `using` names. Raises unless it holds the lock.
----@param key integer|integer[]|string
----@param options? pglocks.LockOptions
----@return userdata lock
+--- Waits for a lock on the database that `using` names. Raises unless it holds the lock: what
+--- `connect` and `conn:lock` raise.
+---
+---     local lock <close> = pglocks.lock("invoice 42", { timeout = 5 })
+---@param key pglocks.locked
+---@param options? pglocks.program_options
+---@return pglocks.lock
 function pglocks.lock(key, options)
   return through(program:lock(key, options))
 end
 
---- Takes a lock if it is free, or becomes so within `timeout` seconds.
----@return userdata|nil lock
----@return string|nil why  "busy" or "timeout"
+--- Takes a lock if it is free, or becomes so within `timeout` seconds. Raises what `lock` raises,
+--- but for timeout.
+---
+---     local lock <close>, why = pglocks.try_lock "nightly"
+---@param key pglocks.locked
+---@param options? pglocks.program_options
+---@return pglocks.lock|nil lock
+---@return nil|"busy"|"timeout" why
 function pglocks.try_lock(key, options)
   return through(program:try_lock(key, options))
 end
 
---- Calls `fn(lock, ...)` while holding the lock: pglocks.with_lock(key, [options,] fn, ...)
+--- Calls `fn(lock, ...)` while holding the lock. Raises what `lock`, `fn` and `release` raise.
+---
+---     pglocks.with_lock("invoice 42", { timeout = 5 }, function(lock) pay() end)
+---@param key pglocks.locked
+---@param ... any [options,] fn, and what to call it with
+---@return any ... what fn returned
 function pglocks.with_lock(key, ...) return through(with_lock(program, key, ...)) end
 
---- Calls `fn(lock, ...)` if the lock is to be had: pglocks.try_with_lock(key, [options,] fn, ...)
+--- Calls `fn(lock, ...)` if the lock is to be had, as `try_lock` says. Raises what `try_lock`,
+--- `fn` and `release` raise.
+---
+---     local ran, result = pglocks.try_with_lock("nightly", function(lock) return import() end)
+---@param key pglocks.locked
+---@param ... any [options,] fn, and what to call it with
+---@return boolean ran
+---@return any ... what fn returned; or "busy" or "timeout"
 function pglocks.try_with_lock(key, ...) return through(try_with_lock(program, key, ...)) end
 
---- A function that runs `fn` with its arguments while holding the lock.
----@param key integer|integer[]|string
----@param options? table
+--- A function that runs `fn` with its arguments while holding the lock, and raises what
+--- `with_lock` raises.
+---
+---     local import = pglocks.wrap("import", { timeout = 60 }, function(path) return load(path) end)
+---@param key pglocks.locked
+---@param options? pglocks.program_options may be left out: wrap(key, fn)
 ---@param fn function
 ---@return function
 function pglocks.wrap(key, options, fn)
   if fn == nil and callable(options) then options, fn = nil, options end
   check_function(options == nil and fn == nil and 2 or 3, fn)
-  check_key(key, options)
+  local _, rest = split(options)
+  core.check(key, rest)
   local function without_lock(_, ...) return fn(...) end
   return function(...) return through(with_lock(program, key, options, without_lock, ...)) end
 end
 
 --- django-pglocks' form: with `wait = false` it returns at once with a lock object whose
---- `acquired` tells; otherwise it waits, as `lock` does.
----@param lock_id integer|integer[]|string
----@param options? { shared: boolean, wait: boolean, using: string, comment: string|boolean }
----@return userdata lock
+--- `acquired` tells; otherwise it waits, as `lock` does. Raises what `lock` raises.
+---
+---     local lock <close> = pglocks.advisory_lock("some lock", { wait = false })
+---@param lock_id pglocks.locked
+---@param options? pglocks.advisory_options
+---@return pglocks.lock
 function pglocks.advisory_lock(lock_id, options)
   local wait, rest
   if type(options) == "table" then
@@ -261,8 +291,7 @@ function pglocks.advisory_lock(lock_id, options)
     rest = options
   end
   if wait ~= false then return through(program:lock(lock_id, rest)) end
-  check_key(lock_id, rest)
-  local conn, own = choose(rest)
+  local conn, own = choose(lock_id, rest)
   return through(core.attempt(conn, lock_id, own))
 end
 

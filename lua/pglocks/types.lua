@@ -50,6 +50,16 @@
 ---@field timeout? number  seconds, at least 0; 0 tries once
 ---@field comment? string|boolean  an SQL comment that shows an administrator who locks what, and where
 
+--- Of the functions of `require "pglocks"`.
+---@class pglocks.program_options: pglocks.options
+---@field using? string  name of a database given to `setup`; "default" without it
+
+---@class pglocks.advisory_options: pglocks.program_options
+---@field wait? boolean  false: try once, and return a lock object in any case
+
+---@class pglocks.settings: pglocks.hashing
+---@field databases? table<string, string|pglocks.description>
+
 ---@class pglocks.held
 ---@field key pglocks.key
 ---@field name? string
