@@ -289,8 +289,8 @@ static void take_result(struct session *s, PGresult *result) {
   case PGRES_COMMAND_OK:
   case PGRES_EMPTY_QUERY:
     if (c->keep_result && !c->abandoned) {
-      PQclear(s->op.result);
-      s->op.result = result;
+      PQclear(*s->op.result);
+      *s->op.result = result;
       result = NULL;
     }
     break;

@@ -95,7 +95,6 @@ void session_unref(struct session *s) {
     free(c);
   }
   holdings_free(s);
-  PQclear(s->op.result);
   free(s);
 }
 
@@ -189,7 +188,8 @@ static void *cancel_thread(void *arg) {
   return NULL;
 }
 
-/* The thread may outlive the Lua state: its code must stay mapped. */
+/* A cancel's thread may outlive the Lua state, and LuaJIT unloads modules before it has run the
+ * last finalizers: so the code stays mapped. */
 static void pin_library(void) {
   Dl_info self;
   union {
@@ -200,14 +200,12 @@ static void pin_library(void) {
 }
 
 static bool cancel_begin(struct session *s) {
-  static pthread_once_t pinned = PTHREAD_ONCE_INIT;
   struct cancel *cancel = calloc(1, sizeof *cancel);
   sigset_t all, before;
   pthread_attr_t detached;
   pthread_t thread;
   int rc;
   if (cancel == NULL) return false;
-  pthread_once(&pinned, pin_library);
   cancel->refs = 2;
   cancel->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   cancel->request = PQgetCancel(s->pg);
@@ -241,7 +239,6 @@ static const struct operation_kind connecting;
 
 void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
   struct operation *op = &s->op;
-  PQclear(op->result);
   memset(op, 0, sizeof *op);
   op->timeout = -1;
   op->kind = kind;
@@ -876,7 +873,8 @@ static const luaL_Reg functions[] = {{"configure", configure}, {"conninfo", conn
                                      {NULL, NULL}};
 
 void connection_open(lua_State *L) {
-  static pthread_once_t watching = PTHREAD_ONCE_INIT;
+  static pthread_once_t pinned = PTHREAD_ONCE_INIT, watching = PTHREAD_ONCE_INIT;
+  pthread_once(&pinned, pin_library);
   pthread_once(&watching, watch_forks);
   luaL_setfuncs(L, functions, 0);
   luaL_newmetatable(L, CONNECTION_TYPE);

@@ -38,25 +38,70 @@ static void name_push(lua_State *L, const struct lock *lock) {
     lua_pushnil(L);
 }
 
-void holdings_push(lua_State *L, const struct session *s, bool any) {
-  int n = 0;
-  lua_newtable(L);
-  for (size_t i = 0; any && i < s->bucket_count; i++)
+/* One holding, as it was when the list was made. */
+struct listed {
+  struct key key;
+  bool shared, has_name;
+  int count;
+  size_t name, name_length; /* where its name is, among the names */
+};
+
+/* How much there is to list; with `to` and `names`, lists it. */
+static size_t holdings_list(const struct session *s, struct listed *to, char *names,
+                            size_t *names_length) {
+  size_t n = 0;
+  *names_length = 0;
+  for (size_t i = 0; i < s->bucket_count; i++)
     for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next) {
+      const struct lock *lock = h->locks;
       if (h->count == 0) continue;
-      lua_createtable(L, 0, 5);
-      key_push(L, &h->key);
-      lua_setfield(L, -2, "key");
-      name_push(L, h->locks);
-      lua_setfield(L, -2, "name");
-      lua_pushstring(L, h->shared ? "shared" : "exclusive");
-      lua_setfield(L, -2, "mode");
-      lua_pushliteral(L, "session");
-      lua_setfield(L, -2, "scope");
-      lua_pushinteger(L, h->count);
-      lua_setfield(L, -2, "count");
-      lua_rawseti(L, -2, ++n);
+      if (to != NULL) {
+        struct listed one = {h->key,   h->shared,     lock->has_name,
+                             h->count, *names_length, lock->name_length};
+        to[n] = one;
+        memcpy(names + *names_length, lock->name, lock->name_length);
+      }
+      *names_length += lock->name_length;
+      n++;
     }
+  return n;
+}
+
+/* From a copy, because Lua may collect garbage meanwhile, locks of this session among it. */
+void holdings_push(lua_State *L, const struct session *s, bool any) {
+  size_t n = 0, names_length = 0, n_now, length_now;
+  struct listed *list = NULL;
+  char *names;
+  int result = lua_gettop(L) + 1;
+  lua_pushnil(L);
+  for (;;) {
+    n_now = any ? holdings_list(s, NULL, NULL, &length_now) : 0;
+    if (n_now == 0 || (list != NULL && n_now <= n && length_now <= names_length)) break;
+    n = n_now;
+    names_length = length_now;
+    list = lua_newuserdata(L, n * sizeof *list + names_length);
+  }
+  names = n_now > 0 ? (char *)(list + n) : NULL;
+  if (n_now > 0) n_now = holdings_list(s, list, names, &length_now);
+  lua_createtable(L, (int)n_now, 0);
+  for (size_t i = 0; i < n_now; i++) {
+    lua_createtable(L, 0, 5);
+    key_push(L, &list[i].key);
+    lua_setfield(L, -2, "key");
+    if (list[i].has_name) {
+      lua_pushlstring(L, names + list[i].name, list[i].name_length);
+      lua_setfield(L, -2, "name");
+    }
+    lua_pushstring(L, list[i].shared ? "shared" : "exclusive");
+    lua_setfield(L, -2, "mode");
+    lua_pushliteral(L, "session");
+    lua_setfield(L, -2, "scope");
+    lua_pushinteger(L, list[i].count);
+    lua_setfield(L, -2, "count");
+    lua_rawseti(L, -2, (int)i + 1);
+  }
+  lua_replace(L, result);
+  lua_settop(L, result);
 }
 
 static void lock_link(struct lock *lock, struct holding *h) {
@@ -336,6 +381,7 @@ static const char *comment_push(lua_State *L, int text, const struct lock *lock)
     string = lua_tolstring(L, text, &length);
     text_escape(string, length, extra, sizeof extra);
   }
+  lua_pop(L, 1);
   return lua_pushfstring(L, "/* pglocks %s at %s%s%s */ ", key, place, *extra ? ": " : "", extra);
 }
 
@@ -371,17 +417,15 @@ static struct session *acquire_begin(lua_State *L, enum demand demand) {
   struct holding *h;
   const char *comment = NULL;
   lua_settop(L, 4);
-  connection_check(L, 1);
+  s = connection_check(L, 1);
   options_check(L, &o);
   key_check(L, 2, 1, &o.hashing, &key);
-  s = connection_ready(L, 1);
   if (demand != DEMAND_LOCK && o.timeout < 0) o.timeout = 0;
   lock = lock_new(L, s, &key, &o);
+  if (o.comment != 0) comment = comment_push(L, o.comment, lock);
+  connection_ready(L, 1); /* last, because a collection may have done anything to it */
+  if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
   slot_set(L, 1, SLOT_PENDING);
-  if (o.comment != 0) {
-    comment = comment_push(L, o.comment, lock);
-    slot_set(L, 1, SLOT_COMMENT);
-  }
   h = holding_get(s, &key, o.shared);
   if (h == NULL) {
     luaL_error(L, "not enough memory");

@@ -197,7 +197,7 @@ struct operation {
   struct failure failure; /* once done; NO_ERROR: success */
   double started, deadline; /* monotonic seconds; INFINITY: none */
   double reply_by;          /* a deadline of the step it is at, that needs no waiting */
-  PGresult *result;         /* of a query */
+  PGresult **result;        /* of a query: in a box of Lua's */
   /* acquire, release and check */
   struct lock *lock;
   struct holding *holding;
@@ -242,7 +242,7 @@ struct session {
  * never allocates. */
 enum slot {
   SLOT_CONNECTION = 1,
-  SLOT_PENDING,   /* the lock that an acquire is for */
+  SLOT_PENDING,   /* the lock that an acquire is for; the box for a query's result */
   SLOT_COMMENT,   /* keeps op.comment alive */
   SLOT_INTERRUPT, /* the error that Ctrl-C raised during a wait */
   SLOT_NOTHING,   /* a function that does nothing, for an interpreter's hook to interrupt */

@@ -5,6 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MAGIC 0x70676c71u
+#define RESULT_TYPE "pglocks result"
+
 enum { MAX_PARAMETERS = 64, BOOL_OID = 16, INT8_OID = 20, INT2_OID = 21, INT4_OID = 23, OID_OID = 26 };
 
 enum { ANSWERED, SETTLED };
@@ -72,13 +75,41 @@ static void push_rows(lua_State *L, const PGresult *result) {
   }
 }
 
-/* The result stays the operation's while Lua, which may throw, makes tables of it. */
+/* Made before the query is sent, so that its result always has an owner: Lua may throw while it
+ * makes tables of it, and may run a finalizer that makes another query. */
+struct box {
+  uint32_t magic;
+  PGresult *result;
+};
+
+static struct box *box_push(lua_State *L) {
+  struct box *box = new_userdata(L, sizeof *box);
+  box->magic = MAGIC;
+  box->result = NULL;
+  luaL_setmetatable(L, RESULT_TYPE);
+  return box;
+}
+
+static int box_collect(lua_State *L) {
+  struct box *box = test_userdata(L, 1, RESULT_TYPE, sizeof *box, MAGIC);
+  if (box != NULL) {
+    PQclear(box->result);
+    box->result = NULL;
+  }
+  return 0;
+}
+
 static int query_finish(lua_State *L, struct session *s) {
+  struct box *box;
+  slot_get(L, 1, SLOT_PENDING);
+  box = lua_touserdata(L, -1);
+  lua_pushboolean(L, 0);
+  slot_set(L, 1, SLOT_PENDING);
   operation_end(L, s);
-  push_rows(L, s->op.result);
-  lua_pushstring(L, PQcmdStatus(s->op.result));
-  PQclear(s->op.result);
-  s->op.result = NULL;
+  push_rows(L, box->result);
+  lua_pushstring(L, PQcmdStatus(box->result));
+  PQclear(box->result);
+  box->result = NULL;
   return 2;
 }
 
@@ -120,6 +151,7 @@ static const char *parameter(lua_State *L, int index, int argument) {
 static struct session *query_begin(lua_State *L, int first, double seconds) {
   struct session *s;
   const char *values[MAX_PARAMETERS];
+  struct box *box;
   const char *sql;
   int n = lua_gettop(L) - first;
   connection_check(L, 1);
@@ -127,8 +159,11 @@ static struct session *query_begin(lua_State *L, int first, double seconds) {
   sql = parameter(L, first, 1);
   if (n > MAX_PARAMETERS) argument_error(L, 2, "at most 64 parameters expected");
   for (int i = 0; i < n; i++) values[i] = parameter(L, first + 1 + i, 2 + i);
-  s = connection_ready(L, 1);
+  box = box_push(L);
+  s = connection_ready(L, 1); /* last, because a collection may have done anything to it */
+  slot_set(L, 1, SLOT_PENDING);
   operation_begin(s, &querying, seconds < 0 ? INFINITY : monotonic_now() + seconds);
+  s->op.result = &box->result;
   command_query(s, sql, n, values);
   return s;
 }
@@ -197,6 +232,10 @@ static const luaL_Reg functions[] = {{"execute", execute}, {NULL, NULL}};
 
 void query_open(lua_State *L) {
   luaL_setfuncs(L, functions, 0);
+  luaL_newmetatable(L, RESULT_TYPE);
+  lua_pushcfunction(L, box_collect);
+  lua_setfield(L, -2, "__gc");
+  lua_pop(L, 1);
   lua_getfield(L, -1, "connection");
   luaL_setfuncs(L, connection_methods, 0);
   lua_pop(L, 1);

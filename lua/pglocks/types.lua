@@ -269,6 +269,13 @@ function core.key_defaults(options) end
 ---@return table<string, string|false>|nil
 function core.conninfo(conninfo) end
 
+--- Raises what `conn:lock(key, options)` would raise about its arguments.
+---
+---     core.check(key, options)
+---@param key pglocks.locked
+---@param options? pglocks.options
+function core.check(key, options) end
+
 --- Sets what only pglocks' own files set on a connection.
 ---@param conn pglocks.connection
 ---@param settings { reply_timeout?: number, deferred?: boolean, pooled?: boolean, backend_pid?: integer }
@@ -281,7 +288,7 @@ function core.in_transaction(conn) end
 
 --- As `connection:query`, with a time limit, and the command tag. Raises the same, and unknown.
 ---@param conn pglocks.connection
----@param seconds number  less than 0: no limit
+---@param seconds number|nil  nil: reply_timeout; less than 0: no limit
 ---@param sql string
 ---@param ... nil|boolean|number|string
 ---@return table[] rows
@@ -358,7 +365,7 @@ function start.check(lock, timeout) end
 function start.query(conn, sql, ...) end
 
 ---@param conn pglocks.connection
----@param seconds number  less than 0: no limit
+---@param seconds number|nil  nil: reply_timeout; less than 0: no limit
 ---@param sql string
 ---@param ... nil|boolean|number|string
 function start.execute(conn, seconds, sql, ...) end
