@@ -201,10 +201,12 @@ describe("the guard", function()
   it("reports a deadlock, and the other locks are still held", function()
     local a, b = support.connect(), support.connect()
     local first, second = a:lock "first", b:lock "second"
-    b:query "SET deadlock_timeout = '10ms'" -- so that b, which comes last, is the victim
+    -- so that b, which comes last, is the victim
+    a:query "SET deadlock_timeout = '1min'"
+    b:query "SET deadlock_timeout = '10ms'"
     support.begin(a, "lock", "second")
     support.wait_until_waiting(a.backend_pid)
-    support.begin(b, "lock", "first")
+    support.begin(b, "lock", "first", { timeout = 10 })
     local ok, err = pcall(support.complete, b)
     assert.is_false(ok)
     assert.equal("deadlock", err.code)

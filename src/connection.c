@@ -80,6 +80,7 @@ static void session_disconnect(struct session *s) {
   unlock_sessions();
   PQfinish(s->pg);
   s->pg = NULL;
+  s->in_transaction = s->transaction_failed = false;
 }
 
 static void cancel_unref(struct cancel *cancel);
@@ -455,19 +456,25 @@ struct session *connection_ready(lua_State *L, int index) {
   return s;
 }
 
-/* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. */
+/* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. The
+ * loss counts as told when the call is about to be made: without memory for it, the next call on
+ * the connection tries again. */
 static int tell_loss(lua_State *L) {
   struct session *s = connection_check(L, 1);
   bool lost = s->state == SESSION_LOST && !s->loss_told;
-  struct failure failure = lost ? s->loss : s->release_failure;
-  s->release_failure.code = NO_ERROR;
-  if (lost) s->loss_told = true;
+  bool listens;
   slot_get(L, 1, SLOT_ON_LOST);
-  if (!lua_isfunction(L, -1)) return 0;
-  lua_pushvalue(L, 1);
-  failure_push(L, &failure, lost ? NULL : &s->release_key);
-  holdings_push(L, s, lost);
-  lua_call(L, 3, 0);
+  listens = lua_isfunction(L, -1);
+  if (listens) {
+    lua_pushvalue(L, 1);
+    failure_push(L, lost ? &s->loss : &s->release_failure, lost ? NULL : &s->release_key);
+    holdings_push(L, s, lost);
+  }
+  if (lost)
+    s->loss_told = true;
+  else
+    s->release_failure.code = NO_ERROR;
+  if (listens) lua_call(L, 3, 0);
   return 0;
 }
 

@@ -78,13 +78,20 @@ local WITHIN_REPLY_TIMEOUT, WITHOUT_DEADLINE = nil, -1
 
 local Transaction = {}
 
--- An error is in flight, and must not be masked: the session that cannot roll back is lost anyway.
+-- An error is in flight, and must not be masked. A session that cannot roll back is closed.
 function Transaction:__close()
-  if not self.committed then pcall(core.execute, self.conn, WITHIN_REPLY_TIMEOUT, "ROLLBACK") end
+  local conn = self.conn
+  if not core.in_transaction(conn) then return end
+  pcall(core.execute, conn, WITHIN_REPLY_TIMEOUT, "ROLLBACK")
+  if core.in_transaction(conn) then pcall(conn.close, conn) end
+end
+
+local function begin(conn, fn, ...)
+  core.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
+  return fn(conn, ...)
 end
 
 local function commit(transaction, ...)
-  transaction.committed = true
   local _, tag = core.execute(transaction.conn, WITHOUT_DEADLINE, "COMMIT")
   if tag ~= "COMMIT" then
     core.raise("aborted_transaction", "a statement had failed: the transaction was rolled back")
@@ -99,8 +106,7 @@ function core.connection.transaction(conn, fn, ...)
   if core.in_transaction(conn) then
     core.raise("server", "a transaction is open on this connection already")
   end
-  core.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
-  return run(setmetatable({ conn = conn }, Transaction), commit, fn, conn, ...)
+  return run(setmetatable({ conn = conn }, Transaction), commit, begin, conn, fn, ...)
 end
 
 -- ---- connections ------------------------------------------------------------------------

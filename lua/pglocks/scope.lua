@@ -19,15 +19,16 @@ if _VERSION >= "Lua 5.4" then
   return run
 end
 
-local function settle(closable, finish, ok, ...)
-  if ok then return finish(closable, ...) end
+local function call(closable, finish, fn, ...) return finish(closable, fn(...)) end
+
+local function settle(closable, ok, ...)
+  if ok then return ... end
   getmetatable(closable).__close(closable, (...))
   error((...), 0)
 end
 
--- `finish` is the last step of a closable, and leaves nothing open when it raises.
 local function run(closable, finish, fn, ...)
-  return settle(closable, finish, pcall(fn, ...))
+  return settle(closable, pcall(call, closable, finish, fn, ...))
 end
 
 return run
