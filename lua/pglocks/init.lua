@@ -126,8 +126,9 @@ local databases = {} -- by name: { keywords, options }
 local connections = {} -- by name: the one that all callers share
 
 -- The owner of a module-level lock. In a plain program that is one connection for each name,
--- opened on first use, and anew after it was lost: holding nothing then.
-local function owner(name)
+-- opened on first use, and anew after it was lost: holding nothing then. What is wrong with the
+-- arguments is raised before it is opened for them.
+local function owner(name, key, options)
   local conn = connections[name]
   if conn and conn:alive() then return conn end
   local described = databases[name]
@@ -135,6 +136,7 @@ local function owner(name)
   if not described then
     core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
   end
+  core.check(key, options)
   conn = opening.connect(described[1], described[2])
   connections[name] = conn
   return conn
@@ -154,11 +156,9 @@ local function split(options)
   return name, rest
 end
 
--- What is wrong is raised before a connection is opened for it.
 local function choose(key, options)
   local name, rest = split(options)
-  core.check(key, rest)
-  return owner(name), rest
+  return owner(name, key, rest), rest
 end
 
 -- Locks as a connection does, on the one that `using` names.
