@@ -132,6 +132,37 @@ describe("conn:cancel()", function()
     lock:release()
   end)
 
+  it("sends nothing before its request has finished, which could hit that", function()
+    if support.cannot_signal() then return end
+    local core = support.core
+    local file = assert(io.open(os.getenv "PGLOCKS_TEST_DATA" .. "/postmaster.pid"))
+    local postmaster = tonumber(file:read "*l")
+    file:close()
+    local holder, waiter = support.connect(), support.connect()
+    local lock = holder:lock "x"
+    support.begin(waiter, "lock", "x")
+    support.wait_until_waiting(waiter.backend_pid)
+    local _, socket = core.step(waiter)
+    support.signal("STOP", postmaster) -- the request now gets no answer
+    local ok, err = pcall(function()
+      assert.is_true(waiter:cancel())
+      support.observe("SELECT pg_cancel_backend($1)", waiter.backend_pid)
+      support.wait_until("the answer to the lock", function()
+        local _, fd = core.step(waiter)
+        return fd ~= socket
+      end)
+      for _ = 1, 20 do
+        assert.is_truthy(core.step(waiter)) -- not done: the guard has yet to be sent
+        support.sleep(0.005)
+      end
+    end)
+    support.signal("CONT", postmaster)
+    assert.is_true(ok, err)
+    support.assert_code("interrupted", support.complete, waiter)
+    assert.is_true(waiter:ping())
+    lock:release()
+  end)
+
   it("says so when there is nothing to cancel, and never hits a later statement", function()
     local conn = support.connect()
     for _ = 1, 50 do
