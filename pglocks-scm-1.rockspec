@@ -39,6 +39,8 @@ build = {
       sources = {
         "src/module.c",
         "src/connection.c",
+        "src/session.c",
+        "src/operation.c",
         "src/command.c",
         "src/holding.c",
         "src/lock.c",

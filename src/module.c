@@ -64,22 +64,23 @@ static bool find_caller(lua_State *L, lua_Debug *caller, char *called, size_t si
   return false;
 }
 
-void push_caller(lua_State *L) {
+/* "file:line" and what follows it, or "" where the caller is not Lua. */
+static void push_position(lua_State *L, const char *suffix, char *called, size_t size) {
   lua_Debug caller;
-  char called[64];
-  if (find_caller(L, &caller, called, sizeof called) && caller.currentline > 0)
-    lua_pushfstring(L, "%s:%d", caller.short_src, caller.currentline);
+  if (find_caller(L, &caller, called, size) && caller.currentline > 0)
+    lua_pushfstring(L, "%s:%d%s", caller.short_src, caller.currentline, suffix);
   else
     lua_pushliteral(L, "");
 }
 
-int argument_error(lua_State *L, int argument, const char *expected) {
-  lua_Debug caller;
+void push_caller(lua_State *L) {
   char called[64];
-  if (find_caller(L, &caller, called, sizeof called) && caller.currentline > 0)
-    lua_pushfstring(L, "%s:%d: ", caller.short_src, caller.currentline);
-  else
-    lua_pushliteral(L, "");
+  push_position(L, "", called, sizeof called);
+}
+
+int argument_error(lua_State *L, int argument, const char *expected) {
+  char called[64];
+  push_position(L, ": ", called, sizeof called);
   lua_pushfstring(L, "bad argument #%d to '%s' (%s)", argument, called, expected);
   lua_concat(L, 2);
   lua_error(L);

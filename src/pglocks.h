@@ -1,12 +1,12 @@
 /* pglocks.h: what the files of pglocks.core share, under the file that owns it.
  *
- *   session     a connection to PostgreSQL, shared by its userdata and its locks (connection.c)
+ *   session     a connection to PostgreSQL, shared by its userdata and its locks (session.c)
  *   command     messages up to one Sync, in flight on a session (command.c)
  *   operation   what a caller waits for: one or more commands, and what follows from
- *               their answers (connection.c drives it, its kind decides)
+ *               their answers (operation.c drives it, its kind decides)
  *   holding     a (key, mode) that the session holds or is about to; counts the locks on it
  *               (holding.c)
- *   lock        a userdata, one for every acquire (lock.c)
+ *   lock        a userdata, one for every acquire (lock.c); connection (connection.c), too
  *   key         what PostgreSQL locks (key.c)
  *
  * Two rules keep locks true. Everything an operation needs from Lua is allocated before
@@ -19,6 +19,7 @@
 #endif
 
 #include <math.h>
+#include <poll.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -172,9 +173,9 @@ void command_sync(struct session *s);
 bool commands_collect(struct session *s);
 void commands_drop(struct session *s); /* the session is gone: nobody will answer */
 
-/* ---- connection.c --------------------------------------------------------------------- */
+/* ---- operation.c ---------------------------------------------------------------------- */
 
-enum session_state { SESSION_CONNECTING, SESSION_OPEN, SESSION_LOST, SESSION_CLOSED };
+struct lock;
 
 struct operation_kind {
   const char *name;
@@ -183,9 +184,6 @@ struct operation_kind {
   void (*advance)(struct session *s);
   int (*finish)(lua_State *L, struct session *s); /* pushes what the call returns, or raises */
 };
-
-struct lock;
-struct cancel;
 
 struct operation {
   const struct operation_kind *kind; /* NULL: the connection is free */
@@ -210,6 +208,30 @@ struct operation {
   double timeout; /* seconds, < 0: none */
   const char *comment; /* SQL before the statement, kept alive by the environment; or NULL */
 };
+
+void operation_begin(struct session *s, const struct operation_kind *kind, double deadline);
+/* Its outcome stands: NO_ERROR, or why it failed. */
+void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
+                    ...) __attribute__((format(printf, 4, 5)));
+void operation_interrupt(struct session *s);
+/* Does what can be done without waiting. */
+void operation_progress(struct session *s);
+/* What it waits for. False: it is done. */
+bool operation_wants(struct session *s, struct pollfd *wait);
+double operation_deadline(const struct session *s);
+/* Drives the steps until it is done. Connection at 1. */
+void operation_run(lua_State *L, struct session *s);
+/* operation_run, then what its kind returns to Lua. */
+int operation_complete(lua_State *L, struct session *s);
+/* The operation is over: raises if it failed. Connection at 1. */
+void operation_end(lua_State *L, struct session *s);
+void operation_drop(struct session *s); /* is over, whatever became of it */
+
+/* ---- session.c ------------------------------------------------------------------------ */
+
+enum session_state { SESSION_CONNECTING, SESSION_OPEN, SESSION_LOST, SESSION_CLOSED };
+
+struct cancel;
 
 enum { BUCKETS = 16 };
 
@@ -238,6 +260,26 @@ struct session {
   uint32_t prepared; /* a bit for each statement */
 };
 
+struct session *session_new(void); /* NULL without memory */
+void session_unref(struct session *s);
+void session_link(struct session *s); /* once it has a socket, that a fork must know of */
+void session_disconnect(struct session *s);
+/* The session is gone: with it all that it held, and the operation under way fails. */
+void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
+bool session_alive(struct session *s); /* looks at the socket, no round trip */
+bool session_is_foreign(const struct session *s); /* made by a parent process */
+void session_note_transaction(struct session *s);
+void session_receive_notice(void *session, const PGresult *notice);
+void sessions_open(void);
+bool is_ready(int fd, short events); /* for poll's events, now */
+
+/* Nothing may be sent while s->cancel is not NULL; cancel_look sees whether it has finished. */
+bool cancel_begin(struct session *s);
+void cancel_look(struct session *s);
+int cancel_fd(const struct session *s); /* readable when it has */
+
+/* ---- connection.c --------------------------------------------------------------------- */
+
 /* Slots of a connection's environment, all filled when it is made, so that storing into them
  * never allocates. */
 enum slot {
@@ -251,32 +293,15 @@ enum slot {
   SLOTS = SLOT_ON_LOST
 };
 
+/* The environment of the connection at `index`; slot_set pops the value. */
+void slot_set(lua_State *L, int index, enum slot slot);
+void slot_get(lua_State *L, int index, enum slot slot);
+
 struct session *connection_check(lua_State *L, int index); /* whatever its state */
 /* A connection that may start an operation: raises closed, lost, forked, busy_connection. */
 struct session *connection_ready(lua_State *L, int index);
 void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
 void connection_open(lua_State *L);
-
-void session_unref(struct session *s);
-void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
-bool session_alive(struct session *s); /* looks at the socket, no round trip */
-bool session_is_foreign(const struct session *s); /* made by a parent process */
-void session_note_transaction(struct session *s);
-
-/* The environment of the connection at `index`; slot_set pops the value. */
-void slot_set(lua_State *L, int index, enum slot slot);
-void slot_get(lua_State *L, int index, enum slot slot);
-
-void operation_begin(struct session *s, const struct operation_kind *kind, double deadline);
-void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
-                    ...) __attribute__((format(printf, 4, 5)));
-/* Drives the steps until it is done. Connection at 1. */
-void operation_run(lua_State *L, struct session *s);
-/* operation_run, then what its kind returns to Lua. */
-int operation_complete(lua_State *L, struct session *s);
-/* The operation is over: raises if it failed. Connection at 1. */
-void operation_end(lua_State *L, struct session *s);
-void operation_drop(struct session *s); /* is over, whatever became of it */
 
 /* ---- query.c -------------------------------------------------------------------------- */
 

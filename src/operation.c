@@ -1,0 +1,184 @@
+/* operation.c: the steps of an operation, waiting for them, and interrupting the wait. */
+#include "pglocks.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+
+/* How long a wait goes on before it looks whether Ctrl-C came just before it slept. */
+#define SLICE 0.5
+
+/* ---- operations ------------------------------------------------------------------------ */
+
+void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
+  struct operation *op = &s->op;
+  memset(op, 0, sizeof *op);
+  op->timeout = -1;
+  op->kind = kind;
+  op->started = monotonic_now();
+  op->deadline = deadline;
+  op->reply_by = INFINITY;
+}
+
+double operation_deadline(const struct session *s) {
+  return fmin(s->op.deadline, s->op.reply_by);
+}
+
+void operation_drop(struct session *s) {
+  struct operation *op = &s->op;
+  for (struct command *c = s->oldest; c != NULL; c = c->next)
+    if (c->holding == NULL) c->abandoned = true;
+  op->kind = NULL;
+  op->lock = NULL;
+  op->holding = NULL;
+  /* A transaction that has just ended lets go what could not be released inside it. */
+  if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
+}
+
+void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
+                    ...) {
+  struct operation *op = &s->op;
+  va_list args;
+  char message[MESSAGE_SIZE] = "";
+  op->done = true;
+  if (code == NO_ERROR) return;
+  va_start(args, format);
+  vsnprintf(message, sizeof message, format, args);
+  va_end(args);
+  failure_set(&op->failure, code, sqlstate, "%s", message);
+}
+
+void operation_interrupt(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->interrupted || op->done) return;
+  op->interrupted = true;
+  op->deadline = fmin(op->deadline, monotonic_now() + s->reply_timeout);
+  if (s->state == SESSION_CONNECTING) {
+    session_disconnect(s);
+    s->state = SESSION_CLOSED;
+    operation_done(s, INTERRUPTED, "", "connecting was interrupted");
+  } else if (!cancel_begin(s))
+    session_lose(s, UNKNOWN, "", "interrupted, and no cancel request could be made");
+}
+
+/* The deadline has passed without an answer. Whether the server did what it was asked cannot be
+ * known; the cancel, not awaited, only helps it to notice sooner that nobody waits any more. */
+static void operation_expire(struct session *s) {
+  if (s->state == SESSION_CONNECTING) {
+    session_disconnect(s);
+    s->state = SESSION_CLOSED;
+    operation_done(s, CONNECT, "", "no connection within %.3g s",
+                   s->op.deadline - s->op.started);
+    return;
+  }
+  if (s->op.kind->interruptible && !s->op.interrupted) cancel_begin(s);
+  session_lose(s, UNKNOWN, "", "no answer from the server in time; the connection was closed");
+}
+
+void operation_progress(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->done) return;
+  if (s->state == SESSION_CONNECTING)
+    op->kind->advance(s);
+  else if (commands_collect(s)) {
+    cancel_look(s);
+    if (op->unanswered == 0 && s->cancel == NULL) op->kind->advance(s);
+  }
+  if (!op->done && monotonic_now() >= operation_deadline(s)) operation_expire(s);
+}
+
+bool operation_wants(struct session *s, struct pollfd *wait) {
+  const struct operation *op = &s->op;
+  if (op->done) return false;
+  wait->revents = 0;
+  if (s->state == SESSION_CONNECTING) {
+    wait->fd = PQsocket(s->pg);
+    wait->events = op->state == PGRES_POLLING_READING ? POLLIN : POLLOUT;
+  } else if (op->unanswered == 0 && s->cancel != NULL) {
+    wait->fd = cancel_fd(s);
+    wait->events = POLLIN;
+  } else {
+    wait->fd = PQsocket(s->pg);
+    wait->events = POLLIN;
+    if (PQflush(s->pg) == 1) wait->events |= POLLOUT;
+  }
+  return true;
+}
+
+/* Has Ctrl-C, or whatever sets a hook that raises, come? Then its error is kept for
+ * operation_end. The standalone interpreters' handler only sets a hook, on PUC Lua on the main
+ * thread alone: so a function that does nothing is called there to let it strike. */
+static bool hook_raises(lua_State *L) {
+  lua_State *T = L;
+  bool raised;
+#if LUA_VERSION_NUM >= 502
+  if (lua_gethookmask(T) == 0) {
+    lua_rawgeti(L, LUA_REGISTRYINDEX, LUA_RIDX_MAINTHREAD);
+    T = lua_tothread(L, -1);
+    lua_pop(L, 1);
+  }
+#endif
+  if (lua_gethookmask(T) == 0 || !lua_checkstack(T, 4)) return false;
+  slot_get(L, 1, SLOT_NOTHING);
+  if (T != L) lua_xmove(L, T, 1);
+  raised = lua_pcall(T, 0, 0, 0) != 0;
+  if (!raised) return false;
+  if (T != L) lua_xmove(T, L, 1);
+  slot_set(L, 1, SLOT_INTERRUPT);
+  return true;
+}
+
+void operation_run(lua_State *L, struct session *s) {
+  struct pollfd wait;
+  bool interruptible = s->op.kind->interruptible;
+  while (operation_wants(s, &wait)) {
+    double left = operation_deadline(s) - monotonic_now();
+    bool sliced = interruptible && !s->op.interrupted && left > SLICE;
+    struct timespec time, *limit = &time;
+    int ready;
+    if (sliced) left = SLICE;
+    if (left < 0) left = 0;
+    if (isinf(left))
+      limit = NULL;
+    else {
+      time.tv_sec = (time_t)left;
+      time.tv_nsec = (long)((left - (double)time.tv_sec) * 1e9);
+    }
+    ready = ppoll(&wait, 1, limit, NULL);
+    if (ready <= 0 && interruptible && !s->op.interrupted && hook_raises(L))
+      operation_interrupt(s);
+    else if (ready > 0 || !sliced)
+      operation_progress(s);
+  }
+}
+
+int operation_complete(lua_State *L, struct session *s) {
+  operation_run(L, s);
+  return s->op.kind->finish(L, s);
+}
+
+void operation_end(lua_State *L, struct session *s) {
+  bool interrupted = s->op.interrupted;
+  struct failure failure;
+  struct key key = s->op.key;
+  bool has_key = s->op.has_key;
+  if (s->op.failure.code == NO_ERROR && !interrupted) {
+    operation_drop(s);
+    return;
+  }
+  failure = s->op.failure;
+  operation_drop(s);
+  connection_tell_loss(L, 1, s);
+  if (interrupted) {
+    slot_get(L, 1, SLOT_INTERRUPT);
+    lua_pushnil(L);
+    slot_set(L, 1, SLOT_INTERRUPT);
+    if (!lua_isnil(L, -1)) lua_error(L);
+    if (failure.code == NO_ERROR)
+      failure_set(&failure, INTERRUPTED, "", "interrupted by cancel()");
+  }
+  failure_push(L, &failure, has_key ? &key : NULL);
+  lua_error(L);
+}
+

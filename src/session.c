@@ -1,0 +1,230 @@
+/* session.c: what stands behind a connection and all its locks: the socket and its loss, requests
+ * to cancel, and what a forked child may do with it: nothing. */
+#include "pglocks.h"
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#define DEFAULT_REPLY_TIMEOUT 10.0
+
+/* ---- fork ------------------------------------------------------------------------------ */
+
+static pthread_mutex_t sessions_mutex = PTHREAD_MUTEX_INITIALIZER;
+static struct session *sessions; /* those with a socket */
+static unsigned fork_generation;
+
+static void lock_sessions(void) { pthread_mutex_lock(&sessions_mutex); }
+
+static void unlock_sessions(void) { pthread_mutex_unlock(&sessions_mutex); }
+
+/* A child that spoke on the parent's socket, or only closed it politely, would end the parent's
+ * session; one that kept it open would keep a dead parent's locks alive. */
+static void child_lets_go(void) {
+  int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+  fork_generation++;
+  for (struct session *s = sessions; s != NULL; s = s->next)
+    if (null >= 0)
+      dup3(null, PQsocket(s->pg), O_CLOEXEC);
+    else
+      close(PQsocket(s->pg));
+  if (null >= 0) close(null);
+  unlock_sessions();
+}
+
+bool session_is_foreign(const struct session *s) { return s->born != fork_generation; }
+
+/* ---- sessions -------------------------------------------------------------------------- */
+
+void session_link(struct session *s) {
+  lock_sessions();
+  s->next = sessions;
+  s->link = &sessions;
+  if (sessions != NULL) sessions->link = &s->next;
+  sessions = s;
+  unlock_sessions();
+}
+
+/* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
+void session_disconnect(struct session *s) {
+  if (s->pg == NULL) return;
+  lock_sessions();
+  *s->link = s->next;
+  if (s->next != NULL) s->next->link = s->link;
+  unlock_sessions();
+  PQfinish(s->pg);
+  s->pg = NULL;
+  s->in_transaction = s->transaction_failed = false;
+}
+
+static void cancel_unref(struct cancel *cancel);
+
+void session_unref(struct session *s) {
+  if (--s->refs > 0) return;
+  session_disconnect(s);
+  commands_drop(s);
+  if (s->cancel != NULL) cancel_unref(s->cancel);
+  while (s->spare_commands != NULL) {
+    struct command *c = s->spare_commands;
+    s->spare_commands = c->next;
+    free(c);
+  }
+  holdings_free(s);
+  free(s);
+}
+
+struct session *session_new(void) {
+  struct session *s = calloc(1, sizeof *s);
+  if (s == NULL) return NULL;
+  s->refs = 1;
+  s->born = fork_generation;
+  s->newest = &s->oldest;
+  s->buckets = s->first_buckets;
+  s->bucket_count = BUCKETS;
+  s->reply_timeout = DEFAULT_REPLY_TIMEOUT;
+  return s;
+}
+
+void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message) {
+  struct failure failure;
+  if (s->pg == NULL) return;
+  failure_set(&failure, code, sqlstate, "%s", message);
+  s->loss = failure;
+  s->loss.code = LOST;
+  s->state = SESSION_LOST;
+  session_disconnect(s);
+  commands_drop(s);
+  if (s->op.kind != NULL && !s->op.done)
+    operation_done(s, code, failure.sqlstate, "%s", failure.message);
+}
+
+void session_note_transaction(struct session *s) {
+  PGTransactionStatusType status = PQtransactionStatus(s->pg);
+  if (status == PQTRANS_ACTIVE || status == PQTRANS_UNKNOWN) return;
+  s->in_transaction = status != PQTRANS_IDLE;
+  s->transaction_failed = status == PQTRANS_INERROR;
+}
+
+bool is_ready(int fd, short events) {
+  struct pollfd p = {fd, events, 0};
+  return poll(&p, 1, 0) > 0;
+}
+
+bool session_alive(struct session *s) {
+  if (s->state != SESSION_OPEN || session_is_foreign(s)) return false;
+  /* An operation under way watches the socket itself; its bytes are not ours to take. */
+  if (s->op.kind != NULL) return !s->doomed;
+  while (s->pg != NULL && is_ready(PQsocket(s->pg), POLLIN)) commands_collect(s);
+  return s->pg != NULL;
+}
+
+/* libpq's default would print on stderr. Nothing of Lua may be called from here. */
+void session_receive_notice(void *session, const PGresult *notice) {
+  static const char *const ends[] = {"57P01", "57P02", "57P03", "57P04", "57P05",
+                                     "25P03", "25P04"};
+  struct session *s = session;
+  const char *sqlstate = PQresultErrorField(notice, PG_DIAG_SQLSTATE);
+  const char *severity = PQresultErrorField(notice, PG_DIAG_SEVERITY_NONLOCALIZED);
+  const char *message = PQresultErrorField(notice, PG_DIAG_MESSAGE_PRIMARY);
+  bool end = severity != NULL && (!strcmp(severity, "FATAL") || !strcmp(severity, "PANIC"));
+  for (size_t i = 0; sqlstate != NULL && i < sizeof ends / sizeof *ends; i++)
+    end = end || strcmp(sqlstate, ends[i]) == 0; /* 57P02 comes as a mere warning */
+  if (!end || s->doomed) return;
+  s->doomed = true;
+  failure_set(&s->loss, LOST, sqlstate ? sqlstate : "", "%s",
+              message ? message : "the server ended the session");
+}
+
+/* ---- cancelling ------------------------------------------------------------------------ */
+
+/* PQcancel blocks, without limit if the server hangs: a detached thread makes the request and
+ * tells by an eventfd. Nothing may be sent before it has finished, or it would hit that. */
+struct cancel {
+  PGcancel *request;
+  int fd;
+  int refs; /* the session and the thread */
+};
+
+static void cancel_unref(struct cancel *cancel) {
+  if (__atomic_sub_fetch(&cancel->refs, 1, __ATOMIC_ACQ_REL) > 0) return;
+  PQfreeCancel(cancel->request);
+  close(cancel->fd);
+  free(cancel);
+}
+
+static void *cancel_thread(void *arg) {
+  struct cancel *cancel = arg;
+  uint64_t one = 1;
+  char error[256];
+  PQcancel(cancel->request, error, sizeof error);
+  if (write(cancel->fd, &one, sizeof one) < 0) { /* cannot happen: an eventfd at 0 */
+  }
+  cancel_unref(cancel);
+  return NULL;
+}
+
+/* A cancel's thread may outlive the Lua state, and LuaJIT unloads modules before it has run the
+ * last finalizers: so the code stays mapped. */
+static void pin_library(void) {
+  Dl_info self;
+  union {
+    void *(*function)(void *);
+    void *address;
+  } here = {cancel_thread};
+  if (dladdr(here.address, &self)) dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
+bool cancel_begin(struct session *s) {
+  struct cancel *cancel = calloc(1, sizeof *cancel);
+  sigset_t all, before;
+  pthread_attr_t detached;
+  pthread_t thread;
+  int rc;
+  if (cancel == NULL) return false;
+  cancel->refs = 2;
+  cancel->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  cancel->request = PQgetCancel(s->pg);
+  pthread_attr_init(&detached);
+  pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+  sigfillset(&all); /* signals are for the threads of the program */
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  rc = cancel->fd < 0 || cancel->request == NULL
+           ? EAGAIN
+           : pthread_create(&thread, &detached, cancel_thread, cancel);
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  pthread_attr_destroy(&detached);
+  if (rc != 0) {
+    cancel->refs = 1;
+    cancel_unref(cancel);
+    return false;
+  }
+  s->cancel = cancel;
+  return true;
+}
+
+int cancel_fd(const struct session *s) { return s->cancel->fd; }
+
+void cancel_look(struct session *s) {
+  if (s->cancel == NULL || !is_ready(s->cancel->fd, POLLIN)) return;
+  cancel_unref(s->cancel);
+  s->cancel = NULL;
+}
+
+/* ---- once in a process ----------------------------------------------------------------- */
+
+static void prepare_process(void) {
+  pin_library();
+  pthread_atfork(lock_sessions, unlock_sessions, child_lets_go);
+}
+
+void sessions_open(void) {
+  static pthread_once_t prepared = PTHREAD_ONCE_INIT;
+  pthread_once(&prepared, prepare_process);
+}
