@@ -173,17 +173,33 @@ describe("the guard", function()
     end)
   end)
 
+  -- The unlock fails and the lock behind it, in the same pipeline, succeeds: the server counts 2.
   it("settles a failed deferred release before the key is taken again", function()
     local conn = support.connect { release = "deferred" }
     conn:lock("warm"):release()
     local lock = conn:lock "again"
-    conn:query "DEALLOCATE ALL"
-    lock:release() -- fails, and its answer is collected by the next call
+    conn:query "DEALLOCATE pglocks_unlock_8"
+    lock:release()
     local again = conn:lock "again"
     assert.is_true(again:check())
     again:release()
     conn:ping()
-    assert.same({}, support.pg_locks(conn.backend_pid)) -- counted once on the server, not twice
+    assert.same({}, support.pg_locks(conn.backend_pid))
+  end)
+
+  it("gives up a lock that a failed deferred release kept, and that others wait for", function()
+    local conn = support.connect { release = "deferred" }
+    conn:lock("warm", { shared = true }):release()
+    local lock = conn:lock("again", { shared = true })
+    conn:query "DEALLOCATE pglocks_unlock_shared_8"
+    lock:release()
+    local other = support.connect()
+    support.begin(other, "lock", "again") -- waits for what is left
+    support.wait_until_waiting(other.backend_pid)
+    assert.same({ nil, "timeout" }, { conn:try_lock("again", { shared = true, timeout = 0.05 }) })
+    conn:ping()
+    assert.same({}, support.pg_locks(conn.backend_pid))
+    assert.is_true(support.complete(other):release())
   end)
 
   it("prepares its statements anew when somebody has dropped them", function()
