@@ -10,6 +10,9 @@ incdir = $(or $(patsubst -I%,%,$(firstword $(shell pkg-config --cflags-only-I $(
 LUA_INCDIR    ?= $(call incdir,lua5.4,/usr/include/lua5.4)
 LUAJIT_INCDIR ?= $(call incdir,luajit,/usr/include/luajit-2.1)
 PQ_INCDIR     ?= $(call incdir,libpq,$(shell pg_config --includedir 2>/dev/null))
+# The runtimes as libraries, for the program of spec/alloc.
+LUA_LIBS      ?= $(or $(shell pkg-config --libs lua5.4 2>/dev/null),-llua5.4)
+LUAJIT_LIBS   ?= $(or $(shell pkg-config --libs luajit 2>/dev/null),-lluajit-5.1)
 
 STANDARD := -std=c99 -fPIC -fvisibility=hidden
 WARNINGS := -Wall -Wextra -pedantic -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wcast-qual \
@@ -25,8 +28,8 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test lint sanitize valgrind rock clean help
-all: $(runtimes:%=build/%/pglocks/core.so)
+.PHONY: all demo test contended lint sanitize valgrind rock clean help
+all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) build/failing_malloc.so
 
 # $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
 # as one made for Lua 5.4 must never end up in LuaJIT.
@@ -47,6 +50,19 @@ $(eval $(call variant,jit,$(LUAJIT_INCDIR),$(CFLAGS)))
 $(eval $(call variant,asan-5.4,$(LUA_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
 $(eval $(call variant,asan-jit,$(LUAJIT_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
 
+# The spec of failing allocations: a program that holds the interpreter itself.
+define alloc
+build/$(1)/alloc: spec/alloc/alloc.c src/compat.h Makefile
+	@mkdir -p $$(@D)
+	$$(CC) $$(STANDARD) $$(WARNINGS) $$(CFLAGS) -I$(2) -I$$(PQ_INCDIR) $$(LDFLAGS) -o $$@ $$< $(3) -lpq -ldl
+endef
+$(eval $(call alloc,5.4,$(LUA_INCDIR),$(LUA_LIBS)))
+$(eval $(call alloc,jit,$(LUAJIT_INCDIR),$(LUAJIT_LIBS)))
+
+build/failing_malloc.so: spec/alloc/failing_malloc.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(STANDARD) $(WARNINGS) $(CFLAGS) -fno-builtin -shared $(LDFLAGS) -o $@ $< -ldl
+
 # What tools/install-deps installs is seen by a make that starts after it.
 demo:
 	@tools/install-deps demo
@@ -59,9 +75,16 @@ test:
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
 
+# For long runs by hand: the races that one run of the specs may miss.
+ROUNDS ?= 200
+contended:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory all
+	@tools/with-postgres tools/contended $(ROUNDS)
+
 sanitize:
 	@tools/install-deps test
-	@$(MAKE) -s --no-print-directory build/forget_preload.so \
+	@$(MAKE) -s --no-print-directory build/forget_preload.so $(runtimes:%=build/%/alloc) \
 	  build/asan-5.4/pglocks/core.so build/asan-jit/pglocks/core.so
 	@PGLOCKS_BUILD=asan- PGLOCKS_TEST_SLOW=4 \
 	LSAN_OPTIONS=print_suppressions=0$(addprefix :suppressions=$(CURDIR)/,$(wildcard tools/lsan.supp)) \
@@ -98,6 +121,7 @@ help:
 	@echo "make            build for Lua 5.4 and LuaJIT, into build/"
 	@echo "make demo       see it work, on a PostgreSQL of its own"
 	@echo "make test       run the specs under both; SPEC=file TEST_ARGS=--filter=name RUNTIMES=5.4|jit"
+	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"

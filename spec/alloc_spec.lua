@@ -92,7 +92,7 @@ describe("a collection in the middle of a call", function()
 end)
 
 -- spec/alloc/alloc.c lets every allocation of some twenty steps fail, one after the other; with a
--- stride, only some of those from the 20th on of each step.
+-- stride, only some of those from the 12th on of each step.
 local function failing_allocations(under, which, stride)
   local pipe = assert(io.popen(("%s build/%s/alloc %s spec/alloc/scenario.lua %d 2>&1"):format(
     under, support.is_jit and "jit" or "5.4", which, stride)))
@@ -107,13 +107,13 @@ describe("an allocation that fails", function()
   after_each(support.finish)
 
   it("in Lua leaves every lock as its object says, and no session behind", function()
-    failing_allocations(os.getenv "PGLOCKS_UNDER" or "", "lua", support.slow == 1 and 1 or 10)
+    failing_allocations(os.getenv "PGLOCKS_UNDER" or "", "lua", support.slow == 1 and 1 or 40)
   end)
 
   -- A sanitizer has a malloc of its own, and its build of the library works with no other.
   if not os.getenv "PGLOCKS_BUILD" then
     it("in libpq leaves every lock as its object says, or gives up the session", function()
-      failing_allocations("LD_PRELOAD=build/failing_malloc.so", "malloc", 7)
+      failing_allocations("LD_PRELOAD=build/failing_malloc.so", "malloc", 25)
     end)
   end
 end)

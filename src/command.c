@@ -244,9 +244,10 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
     failure_set(failure, code_of(sqlstate), sqlstate, "%s",
                 message ? message : PQresultErrorMessage(result));
   c->answer.failed = true;
-  /* Not prepared, or dropped by somebody (DISCARD ALL, DEALLOCATE): prepare it anew. */
+  /* Not prepared, or dropped by somebody (DISCARD ALL, DEALLOCATE): prepare it anew. Without a
+   * SQLSTATE it is libpq that had no memory for the answer, and the server has prepared it. */
   if (c->statement != NO_STATEMENT &&
-      ((c->prepares && c->results == 0) || strcmp(sqlstate, "26000") == 0))
+      ((c->prepares && c->results == 0 && *sqlstate != '\0') || strcmp(sqlstate, "26000") == 0))
     s->prepared &= ~(1u << c->statement);
   if (severity != NULL && (strcmp(severity, "FATAL") == 0 || strcmp(severity, "PANIC") == 0)) {
     s->doomed = true;

@@ -73,6 +73,10 @@ static int tell_loss(lua_State *L) {
     lua_pushvalue(L, 1);
     failure_push(L, lost ? &s->loss : &s->release_failure, lost ? NULL : &s->release_key);
     holdings_push(L, s, lost);
+    /* Room for the call: stack for any function, and the record of a call of that depth. */
+    luaL_checkstack(L, 255, NULL);
+    slot_get(L, 1, SLOT_NOTHING);
+    lua_call(L, 0, 0);
   }
   if (lost)
     s->loss_told = true;

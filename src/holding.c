@@ -40,17 +40,36 @@ struct holding *holding_get(struct session *s, const struct key *key, bool share
   if (s->holding_count >= s->bucket_count * 2) holdings_grow(s);
   at = holding_find(s, key, shared);
   if (*at != NULL) return *at;
-  h = s->spare_holdings;
+  h = s->spare_holdings; /* with nothing on it, but for its buffer */
   if (h != NULL)
     s->spare_holdings = h->next;
-  else if ((h = malloc(sizeof *h)) == NULL)
+  else if ((h = calloc(1, sizeof *h)) == NULL)
     return NULL;
-  memset(h, 0, sizeof *h);
+  h->next = NULL;
   h->key = *key;
   h->shared = shared;
+  h->generation = ++s->generations;
   *at = h;
   s->holding_count++;
   return h;
+}
+
+bool holding_set_name(struct holding *h, const char *name, size_t length) {
+  if (length > h->name_size) {
+    char *larger = realloc(h->name, length);
+    if (larger == NULL) return false;
+    h->name = larger;
+    h->name_size = length;
+  }
+  if (length > 0) memcpy(h->name, name, length);
+  h->name_length = length;
+  h->has_name = name != NULL;
+  return true;
+}
+
+void holding_lost(struct session *s, struct holding *h) {
+  h->count = 0;
+  h->generation = ++s->generations;
 }
 
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
@@ -109,6 +128,7 @@ void holdings_free(struct session *s) {
     struct holding *h = i < s->bucket_count ? s->buckets[i] : s->spare_holdings, *next;
     for (; h != NULL; h = next) {
       next = h->next;
+      free(h->name);
       free(h);
     }
   }

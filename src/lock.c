@@ -12,7 +12,7 @@
 #define MAGIC 0x70676c6cu
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 
-/* A lock in LOCK_HELD is held as long as its session is open. */
+/* A lock in LOCK_HELD is held as long as its session is open and its holding of its generation. */
 enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
 
 struct lock {
@@ -21,22 +21,20 @@ struct lock {
   bool shared, acquired;
   struct key key;
   struct session *session;     /* NULL: collected */
-  struct holding *holding;     /* while held */
-  struct lock *next, **link;   /* all locks on the holding */
+  struct holding *holding;     /* while held, and afterwards no longer its own */
+  unsigned long generation;    /* of the holding */
   double waited;               /* seconds */
   size_t name_length;
   bool has_name;
   char name[];
 };
 
-/* ---- the locks on a holding ------------------------------------------------------------ */
-
-static void name_push(lua_State *L, const struct lock *lock) {
-  if (lock->has_name)
-    lua_pushlstring(L, lock->name, lock->name_length);
-  else
-    lua_pushnil(L);
+static enum lock_state lock_state(const struct lock *lock) {
+  bool lost = lock->state == LOCK_HELD && lock->holding->generation != lock->generation;
+  return lost ? LOCK_LOST : lock->state;
 }
+
+/* ---- conn:locks() ---------------------------------------------------------------------- */
 
 /* One holding, as it was when the list was made. */
 struct listed {
@@ -53,15 +51,14 @@ static size_t holdings_list(const struct session *s, struct listed *to, char *na
   *names_length = 0;
   for (size_t i = 0; i < s->bucket_count; i++)
     for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next) {
-      const struct lock *lock = h->locks;
       if (h->count == 0) continue;
       if (to != NULL) {
-        struct listed one = {h->key,   h->shared,     lock->has_name,
-                             h->count, *names_length, lock->name_length};
+        struct listed one = {h->key,   h->shared,     h->has_name,
+                             h->count, *names_length, h->name_length};
         to[n] = one;
-        memcpy(names + *names_length, lock->name, lock->name_length);
+        if (h->name_length > 0) memcpy(names + *names_length, h->name, h->name_length);
       }
-      *names_length += lock->name_length;
+      *names_length += h->name_length;
       n++;
     }
   return n;
@@ -102,22 +99,6 @@ void holdings_push(lua_State *L, const struct session *s, bool any) {
   }
   lua_replace(L, result);
   lua_settop(L, result);
-}
-
-static void lock_link(struct lock *lock, struct holding *h) {
-  lock->holding = h;
-  lock->link = &h->locks;
-  lock->next = h->locks;
-  if (lock->next != NULL) lock->next->link = &lock->next;
-  h->locks = lock;
-  h->count++;
-}
-
-static void lock_unlink(struct lock *lock) {
-  *lock->link = lock->next;
-  if (lock->next != NULL) lock->next->link = lock->link;
-  lock->holding->count--;
-  lock->holding = NULL;
 }
 
 static void lock_describe(const struct lock *lock, char key[NAME_IN_MESSAGE]) {
@@ -246,7 +227,9 @@ static void acquire_send(struct session *s) {
 static void granted(struct session *s) {
   struct operation *op = &s->op;
   struct lock *lock = op->lock;
-  lock_link(lock, op->holding);
+  op->holding->count++;
+  lock->holding = op->holding;
+  lock->generation = op->holding->generation;
   lock->state = LOCK_HELD;
   lock->acquired = true;
   lock->waited = monotonic_now() - op->started;
@@ -427,7 +410,8 @@ static struct session *acquire_begin(lua_State *L, enum demand demand) {
   if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
   slot_set(L, 1, SLOT_PENDING);
   h = holding_get(s, &key, o.shared);
-  if (h == NULL) {
+  if (h == NULL || (h->count == 0 && !holding_set_name(h, lock->has_name ? lock->name : NULL,
+                                                       lock->name_length))) {
     luaL_error(L, "not enough memory");
     return NULL; /* not reached */
   }
@@ -518,7 +502,7 @@ static bool is_ours(const struct session *s) {
 static bool lock_leave(struct session *s, struct lock *lock) {
   struct holding *h = lock->holding;
   lock->state = LOCK_RELEASED;
-  lock_unlink(lock);
+  h->count--;
   if (!is_ours(s) || h->count > 0) return false;
   if (!s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing)) return true;
   /* Refused until the transaction has ended, or behind another's operation, where the server
@@ -547,7 +531,7 @@ static void release_begin(struct session *s, struct lock *lock) {
   operation_begin(s, &releasing, monotonic_now() + s->reply_timeout);
   op->key = lock->key;
   op->has_key = true;
-  if (lock->state == LOCK_LOST) {
+  if (lock_state(lock) == LOCK_LOST) {
     lock->state = LOCK_RELEASED;
     operation_done(s, LOST, "", NOT_HELD_MESSAGE);
   } else if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
@@ -586,9 +570,9 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
   op->key = lock->key;
   op->has_key = true;
   op->guard = GUARD_LOOK;
-  if (lock->state == LOCK_HELD && s->state == SESSION_LOST)
+  if (lock_state(lock) == LOCK_HELD && s->state == SESSION_LOST)
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
-  else if (lock->state == LOCK_LOST)
+  else if (lock_state(lock) == LOCK_LOST)
     operation_done(s, LOST, "", NOT_HELD_MESSAGE);
   else if (lock->state != LOCK_HELD || s->state != SESSION_OPEN)
     operation_done(s, NOT_HELD, "", "this lock is not held");
@@ -598,16 +582,6 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
     op->holding = lock->holding;
     go(s, GUARD);
   }
-}
-
-/* The server does not know the lock: something in this session let it go behind our back. */
-static void holding_lost(struct holding *h) {
-  for (struct lock *lock = h->locks; lock != NULL; lock = lock->next) {
-    lock->state = LOCK_LOST;
-    lock->holding = NULL;
-  }
-  h->locks = NULL;
-  h->count = 0;
 }
 
 static void main_send(struct session *s) {
@@ -623,7 +597,7 @@ static void conclude(struct session *s, bool held) {
   struct operation *op = &s->op;
   if (op->state == GUARD && op->guard == GUARD_UNLOCK) holding_trust(s, op->holding);
   if (op->kind == &checking) {
-    if (!held) holding_lost(op->holding);
+    if (!held) holding_lost(s, op->holding);
     finished(s, held ? NO_ERROR : LOST, NOT_HELD_MESSAGE);
   } else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
@@ -667,7 +641,8 @@ static struct session *release_prepare(lua_State *L) {
   struct lock *lock = lock_check(L);
   struct session *s = connection_insert(L, lock);
   /* What is only counted here, or not waited for, is no occasion to hear of a loss. */
-  if (lock->state == LOCK_HELD && (s->deferred || lock->holding->count > 1)) session_alive(s);
+  if (lock_state(lock) == LOCK_HELD && (s->deferred || lock->holding->count > 1))
+    session_alive(s);
   lock_ready(L, s);
   release_begin(s, lock);
   return s;
@@ -704,7 +679,7 @@ static int start_check(lua_State *L) {
 static int lock_held(lua_State *L) {
   struct lock *lock = lock_check(L);
   struct session *s = connection_insert(L, lock);
-  lua_pushboolean(L, lock->state == LOCK_HELD && session_alive(s));
+  lua_pushboolean(L, lock_state(lock) == LOCK_HELD && session_alive(s));
   connection_tell_loss(L, 1, s);
   return 1;
 }
@@ -713,7 +688,7 @@ static int lock_held(lua_State *L) {
 static int lock_scope_end(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
-  if (s == NULL || lock->state != LOCK_HELD) return 0;
+  if (s == NULL || lock_state(lock) != LOCK_HELD) return 0;
   if (s->op.kind != NULL || session_is_foreign(s))
     release_now(s, lock);
   else {
@@ -737,7 +712,7 @@ static int lock_collect(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL) return 0;
-  if (lock->state == LOCK_HELD)
+  if (lock_state(lock) == LOCK_HELD)
     release_now(s, lock);
   else if (s->op.lock == lock) /* its connection goes too: nobody can drive the acquire on */
     session_lose(s, LOST, "", "the acquire was abandoned");
@@ -763,7 +738,7 @@ static int lock_index(lua_State *L) {
   else if (strcmp(field, "key") == 0)
     key_push(L, &lock->key);
   else if (strcmp(field, "name") == 0)
-    name_push(L, lock);
+    lock->has_name ? (void)lua_pushlstring(L, lock->name, lock->name_length) : lua_pushnil(L);
   else if (strcmp(field, "waited") == 0)
     lua_pushnumber(L, lock->waited);
   return 1;
@@ -772,7 +747,7 @@ static int lock_index(lua_State *L) {
 static int lock_tostring(lua_State *L) {
   static const char *const states[] = {"not held", "waited for", "held", "released", "lost"};
   struct lock *lock = lock_check(L);
-  enum lock_state state = lock->state;
+  enum lock_state state = lock_state(lock);
   char key[NAME_IN_MESSAGE];
   if (state == LOCK_HELD && lock->session->state != SESSION_OPEN)
     state = lock->session->state == SESSION_LOST ? LOCK_LOST : LOCK_RELEASED;

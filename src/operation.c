@@ -76,6 +76,15 @@ static void operation_expire(struct session *s) {
   session_lose(s, UNKNOWN, "", "no answer from the server in time; the connection was closed");
 }
 
+/* Without memory for the result that stands for a Sync libpq only notes that, and is busy for
+ * ever: from then on there is a deadline. */
+static void give_up_on_lost_sync(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->unanswered > 0 && isinf(op->reply_by) && PQisBusy(s->pg) &&
+      strstr(PQerrorMessage(s->pg), "out of memory") != NULL)
+    op->reply_by = monotonic_now() + s->reply_timeout;
+}
+
 void operation_progress(struct session *s) {
   struct operation *op = &s->op;
   if (op->done) return;
@@ -83,6 +92,7 @@ void operation_progress(struct session *s) {
     op->kind->advance(s);
   else if (commands_collect(s)) {
     cancel_look(s);
+    give_up_on_lost_sync(s);
     if (op->unanswered == 0 && s->cancel == NULL) op->kind->advance(s);
   }
   if (!op->done && monotonic_now() >= operation_deadline(s)) operation_expire(s);

@@ -252,6 +252,7 @@ struct session {
   struct command *oldest, **newest, *spare_commands;
   struct holding **buckets, *first_buckets[BUCKETS], *spare_holdings;
   size_t bucket_count, holding_count;
+  unsigned long generations;
   int doubtful, settle_rounds;
   struct failure release_failure; /* of a deferred release, for on_lost */
   struct key release_key;
@@ -316,7 +317,12 @@ struct holding {
   bool untouched; /* that release never ran, so that the guard must find the lock */
   int count;      /* locks of ours on it; the server never counts past 1 */
   int releasing;  /* releases and guards in flight that nobody waits for */
-  struct lock *locks;
+  /* Locks refer to it by number: nothing here points to a lock, because Lua 5.4 frees a userdata
+   * whose finalizer it has no memory to call. */
+  unsigned long generation; /* of one making, unless the server was found not to hold it */
+  bool has_name;            /* the first lock on it was taken by this name: */
+  char *name;               /* a buffer that is kept for the next use of the struct */
+  size_t name_length, name_size;
   struct holding *next; /* in its bucket, or among the spare ones */
 };
 
@@ -325,6 +331,10 @@ struct holding {
 
 /* The holding of a key and mode, made where there is none; NULL without memory. */
 struct holding *holding_get(struct session *s, const struct key *key, bool shared);
+/* For conn:locks(); name may be NULL. False: no memory. */
+bool holding_set_name(struct holding *h, const char *name, size_t length);
+/* The server does not know the lock: something in this session let it go behind our back. */
+void holding_lost(struct session *s, struct holding *h);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
 void holding_doubt(struct session *s, struct holding *h);

@@ -4,7 +4,7 @@
  * Each run is a Lua state of its own that runs the SCENARIO. In run n every step of it meets an
  * n-th allocation that fails: that one alone, that and the next (Lua tries again after a
  * collection), or all from there to the end of the step. A step that got through without a
- * failure is over; when all are, so is the program. STRIDE leaves out numbers from the 20th on. */
+ * failure is over; when all are, so is the program. STRIDE leaves out numbers from the 12th on. */
 #define _GNU_SOURCE /* RTLD_DEFAULT */
 
 #include <dirent.h>
@@ -23,7 +23,7 @@
 
 #include "../../src/compat.h"
 
-enum { MAX_STEPS = 64, LONGEST_STEP = 60 /* seconds */, ALL_UP_TO = 20, PATIENCE = 5000 /* ms */ };
+enum { MAX_STEPS = 64, LONGEST_STEP = 60 /* seconds */, ALL_UP_TO = 12, PATIENCE = 5000 /* ms */ };
 
 static PGconn *observer;
 static char conninfo[1024];
