@@ -173,6 +173,35 @@ describe("the guard", function()
     end)
   end)
 
+  it("lets go after a deferred release that failed while the connection waits for another lock",
+    function()
+      for _, options in ipairs { {}, { timeout = 20 }, { shared = true } } do
+        local conn, other = support.connect { release = "deferred" }, support.connect()
+        conn:lock("warm"):release()
+        conn:ping()
+        local busy = other:lock "busy"
+        local lock = conn:lock "released"
+        conn:query "DEALLOCATE pglocks_unlock_8" -- so that the release fails
+        assert.is_true(lock:release())
+        support.begin(conn, "lock", "busy", options)
+        local taken = support.wait_until("the release", function()
+          support.core.step(conn)
+          return (other:try_lock "released")
+        end)
+        support.wait_until("the wait to go on", function()
+          support.core.step(conn)
+          return #support.pg_locks(conn.backend_pid) == 1
+        end)
+        support.wait_until_waiting(conn.backend_pid)
+        busy:release()
+        local got = support.complete(conn)
+        assert.is_true(got:check())
+        assert.equal(1, #support.pg_locks(conn.backend_pid))
+        taken:release()
+        got:release()
+      end
+    end)
+
   -- The unlock fails and the lock behind it, in the same pipeline, succeeds: the server counts 2.
   it("settles a failed deferred release before the key is taken again", function()
     local conn = support.connect { release = "deferred" }

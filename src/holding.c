@@ -100,6 +100,7 @@ void holding_answered(struct session *s, const struct command *command) {
   if (answer->failed) {
     h->untouched = h->untouched || (!command->settles && failure_never_ran(&answer->failure));
     holding_doubt(s, h);
+    acquire_step_aside(s);
   } else {
     if (answer->value != VALUE_TRUE && (!command->settles || h->untouched)) {
       failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);

@@ -186,13 +186,25 @@ static bool settling(struct session *s) {
 
 /* ---- acquire --------------------------------------------------------------------------- */
 
+static const struct operation_kind acquiring;
+
+/* The server reads the guard of that release only when the wait has ended: so the wait is
+ * cancelled, and begun again behind the guard. */
+void acquire_step_aside(struct session *s) {
+  struct operation *op = &s->op;
+  if (op->kind == &acquiring && !op->done && op->state == MAIN && op->unanswered > 0 &&
+      op->timeout != 0 && !op->interrupted && !op->aside && op->rounds < CANCELLED_AT_MOST)
+    op->aside = cancel_begin(s);
+}
+
 enum demand { DEMAND_LOCK, DEMAND_TRY, DEMAND_ATTEMPT };
 
 static void refused(struct session *s) {
   struct operation *op = &s->op;
   const struct lock *lock = op->lock;
   char key[NAME_IN_MESSAGE];
-  if (op->interrupted) op->failure.code = INTERRUPTED;
+  if (op->interrupted && op->failure.code != INTERRUPTED)
+    failure_set(&op->failure, INTERRUPTED, "", "interrupted");
   if (op->failure.code != TIMEOUT) {
     finished(s, op->failure.code, op->failure.message);
     return;
@@ -606,7 +618,12 @@ static void conclude(struct session *s, bool held) {
     go(s, GUARD);
   } else if (held)
     granted(s);
-  else if (failure_never_ran(&op->failure) && op->rounds++ == 0)
+  else if (op->aside && !op->interrupted && op->failure.code == INTERRUPTED) {
+    op->aside = false;
+    op->rounds++;
+    holdings_settle(s);
+    if (s->op.kind != NULL && !op->done) go(s, MAIN);
+  } else if (failure_never_ran(&op->failure) && op->rounds++ == 0)
     go(s, MAIN);
   else
     refused(s);

@@ -58,7 +58,7 @@ void operation_interrupt(struct session *s) {
     session_disconnect(s);
     s->state = SESSION_CLOSED;
     operation_done(s, INTERRUPTED, "", "connecting was interrupted");
-  } else if (!cancel_begin(s))
+  } else if (s->cancel == NULL && !cancel_begin(s)) /* else one is under way already */
     session_lose(s, UNKNOWN, "", "interrupted, and no cancel request could be made");
 }
 
@@ -72,7 +72,7 @@ static void operation_expire(struct session *s) {
                    s->op.deadline - s->op.started);
     return;
   }
-  if (s->op.kind->interruptible && !s->op.interrupted) cancel_begin(s);
+  if (s->op.kind->interruptible && !s->op.interrupted && s->cancel == NULL) cancel_begin(s);
   session_lose(s, UNKNOWN, "", "no answer from the server in time; the connection was closed");
 }
 

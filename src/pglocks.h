@@ -190,6 +190,7 @@ struct operation {
   int state;                         /* of its kind */
   bool done;
   bool interrupted; /* a cancel was asked for: whatever is got is let go */
+  bool aside;       /* its wait was cancelled, to let go of what a release left; it goes on */
   int unanswered;   /* commands in flight whose answer it waits for */
   struct answer answer;
   struct failure failure; /* once done; NO_ERROR: success */
@@ -351,6 +352,8 @@ void holdings_free(struct session *s);
 double timeout_check(lua_State *L, int index, int argument, const char *what);
 /* What is held: { { key =, name =, mode =, scope =, count = }, ... }; empty if not `any`. */
 void holdings_push(lua_State *L, const struct session *s, bool any);
+/* A release went wrong that was sent before: an acquire that waits must not keep its lock. */
+void acquire_step_aside(struct session *s);
 void lock_open(lua_State *L);
 
 #endif
