@@ -203,6 +203,15 @@ describe("an argument error", function()
     it("names argument, function and line of the caller: " .. call, function() assert_raises(expected, call) end)
   end
 
+  it("sees a NUL in the name of an option or of a scheme", function()
+    local conn = support.connect()
+    for _, options in ipairs { { ["shared\0x"] = true }, { hash = "sha256\0x" } } do
+      assert.is_truthy(raised(conn.lock, conn, "a", options):find "bad argument #2")
+      assert.is_truthy(raised(pglocks.key, "a", options):find "bad argument #2")
+    end
+    assert.same({}, conn:locks())
+  end)
+
   it("names the line of a call of what wrap made", function()
     local user = load("local import = (...).wrap('a', { using = 'b' }, print)\nimport()", "@user.lua")
     assert.is_truthy(raised(user, pglocks):find "^user.lua:2: bad argument #2 to '[%w_]+' %(option 'using'")

@@ -264,6 +264,39 @@ describe("the guard", function()
   end)
 end)
 
+describe("a release inside a transaction that has failed", function()
+  after_each(support.finish)
+
+  it("is done when the call that ends the transaction returns", function()
+    local conn, other = support.connect(), support.connect()
+    for _ = 1, 30 do
+      local lock = conn:lock "x"
+      conn:query "BEGIN"
+      assert.is_false(pcall(conn.query, conn, "SELECT 1/0"))
+      assert.is_true(lock:release())
+      assert.same({ nil, "busy" }, { other:try_lock "x" })
+      conn:query "ROLLBACK"
+      assert.is_true(assert(other:try_lock "x"):release())
+    end
+  end)
+end)
+
+describe("the end of a scope", function()
+  after_each(support.finish)
+
+  it("tells on_lost when the server did not hold the lock any more", function()
+    local told = {}
+    local conn = support.connect { on_lost = function(_, err) told[#told + 1] = err end }
+    local lock = conn:lock "x"
+    conn:query "SELECT pg_advisory_unlock_all()"
+    getmetatable(lock).__close(lock)
+    assert.equal(1, #told)
+    assert.equal("not_held", told[1].code)
+    assert.equal(lock.key, told[1].key)
+    assert.is_true(conn:ping())
+  end)
+end)
+
 describe("a server that stops answering", function()
   after_each(support.finish)
 
@@ -283,6 +316,26 @@ describe("a server that stops answering", function()
     assert.equal(30, err.free_by)
     assert.is_true(seconds >= 0.5 and seconds < 1 * support.slow, seconds)
     assert.is_false(conn:alive())
+  end)
+
+  it("ends a wait without a timeout too, when it stops after the wait has failed", function()
+    if support.cannot_signal() then return end
+    local holder, waiter = support.connect(), support.connect { reply_timeout = 0.3 }
+    local pid = waiter.backend_pid
+    local lock = holder:lock "x"
+    support.begin(waiter, "lock", "x")
+    support.wait_until_waiting(pid)
+    support.observe("SELECT pg_cancel_backend($1)", pid)
+    support.wait_until("the cancel", function()
+      return support.observe("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)[1].state == "idle"
+    end)
+    support.signal("STOP", pid) -- and so the guard gets no answer
+    local seconds, ok, err = support.timed(pcall, support.complete, waiter)
+    support.signal("CONT", pid)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.is_true(seconds >= 0.3 and seconds < 0.8 * support.slow, seconds)
+    lock:release()
   end)
 
   for _, operation in ipairs { "release", "check" } do
