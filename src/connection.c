@@ -226,7 +226,6 @@ static int start_connect(lua_State *L) {
     operation_done(s, CONNECT, "", "out of memory");
     return 1;
   }
-  session_link(s);
   PQsetNoticeReceiver(s->pg, session_receive_notice, s);
   PQsetErrorVerbosity(s->pg, PQERRORS_VERBOSE); /* for the SQLSTATE of a refusal */
   if (PQstatus(s->pg) == CONNECTION_BAD) connecting_failed(s);

@@ -241,7 +241,7 @@ struct session {
   int refs;
   enum session_state state;
   unsigned born; /* fork generation */
-  struct session *next, **link; /* all open sessions of the process, for fork */
+  struct session *next, **link; /* all sessions of the process, for fork */
   struct failure loss;
   bool doomed;    /* the server announced the end, and why stands in loss */
   bool loss_told; /* on_lost has been called */
@@ -264,7 +264,6 @@ struct session {
 
 struct session *session_new(void); /* NULL without memory */
 void session_unref(struct session *s);
-void session_link(struct session *s); /* once it has a socket, that a fork must know of */
 void session_disconnect(struct session *s);
 /* The session is gone: with it all that it held, and the operation under way fails. */
 void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);

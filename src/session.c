@@ -18,7 +18,7 @@
 /* ---- fork ------------------------------------------------------------------------------ */
 
 static pthread_mutex_t sessions_mutex = PTHREAD_MUTEX_INITIALIZER;
-static struct session *sessions; /* those with a socket */
+static struct session *sessions;
 static unsigned fork_generation;
 
 static void lock_sessions(void) { pthread_mutex_lock(&sessions_mutex); }
@@ -31,7 +31,9 @@ static void child_lets_go(void) {
   int null = open("/dev/null", O_RDWR | O_CLOEXEC);
   fork_generation++;
   for (struct session *s = sessions; s != NULL; s = s->next)
-    if (null >= 0)
+    if (s->pg == NULL)
+      continue;
+    else if (null >= 0)
       dup3(null, PQsocket(s->pg), O_CLOEXEC);
     else
       close(PQsocket(s->pg));
@@ -43,7 +45,7 @@ bool session_is_foreign(const struct session *s) { return s->born != fork_genera
 
 /* ---- sessions -------------------------------------------------------------------------- */
 
-void session_link(struct session *s) {
+static void session_link(struct session *s) {
   lock_sessions();
   s->next = sessions;
   s->link = &sessions;
@@ -52,15 +54,21 @@ void session_link(struct session *s) {
   unlock_sessions();
 }
 
-/* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
-void session_disconnect(struct session *s) {
-  if (s->pg == NULL) return;
+static void session_unlink(struct session *s) {
   lock_sessions();
   *s->link = s->next;
   if (s->next != NULL) s->next->link = s->link;
   unlock_sessions();
-  PQfinish(s->pg);
+}
+
+/* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
+void session_disconnect(struct session *s) {
+  PGconn *pg = s->pg;
+  if (pg == NULL) return;
+  lock_sessions();
   s->pg = NULL;
+  unlock_sessions();
+  PQfinish(pg);
   s->in_transaction = s->transaction_failed = false;
 }
 
@@ -77,6 +85,7 @@ void session_unref(struct session *s) {
     free(c);
   }
   holdings_free(s);
+  session_unlink(s);
   free(s);
 }
 
@@ -89,6 +98,7 @@ struct session *session_new(void) {
   s->buckets = s->first_buckets;
   s->bucket_count = BUCKETS;
   s->reply_timeout = DEFAULT_REPLY_TIMEOUT;
+  session_link(s);
   return s;
 }
 
