@@ -105,12 +105,7 @@ local function write(path, text)
   file:close()
 end
 
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local read = support.read
 
 -- ---- a model of a readers-writer lock ---------------------------------------------------
 

@@ -7,12 +7,7 @@ local pglocks = require "pglocks"
 
 local core = support.core
 
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local read = support.read
 
 local README = read "README.md"
 

@@ -156,6 +156,16 @@ function support.assert_code(code, ...)
   return err
 end
 
+-- ---- files ------------------------------------------------------------------------------
+
+--- A whole file.
+function support.read(path)
+  local file = assert(io.open(path))
+  local text = file:read "*a"
+  file:close()
+  return text
+end
+
 -- ---- the server's log -------------------------------------------------------------------
 
 --- Returns a function that gives what the server has logged since; nil where it cannot be read.

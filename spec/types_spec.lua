@@ -2,13 +2,9 @@
 
 local core = require "pglocks.core"
 local pglocks = require "pglocks"
+local support = require "spec.support"
 
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
+local read = support.read
 
 -- The functions of a file in order: { name =, parameters =, comment = the lines right above it }.
 local function documented(path, pattern)
