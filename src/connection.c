@@ -1,7 +1,6 @@
 /* connection.c: the connection userdata: opening it, driving its operations, closing it. */
 #include "pglocks.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 #define CONNINFO_TYPE "pglocks conninfo"

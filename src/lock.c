@@ -6,7 +6,6 @@
 #include "pglocks.h"
 
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define MAGIC 0x70676c6cu
@@ -20,10 +19,10 @@ struct lock {
   enum lock_state state;
   bool shared, acquired;
   struct key key;
-  struct session *session;     /* NULL: collected */
-  struct holding *holding;     /* while held, and afterwards no longer its own */
-  unsigned long generation;    /* of the holding */
-  double waited;               /* seconds */
+  struct session *session;  /* NULL: collected */
+  struct holding *holding;  /* while held, and afterwards no longer its own */
+  unsigned long generation; /* of the holding */
+  double waited;            /* seconds */
   size_t name_length;
   bool has_name;
   char name[];
@@ -622,7 +621,7 @@ static void conclude(struct session *s, bool held) {
     op->aside = false;
     op->rounds++;
     holdings_settle(s);
-    if (s->op.kind != NULL && !op->done) go(s, MAIN);
+    if (!op->done) go(s, MAIN);
   } else if (failure_never_ran(&op->failure) && op->rounds++ == 0)
     go(s, MAIN);
   else

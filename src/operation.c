@@ -9,8 +9,6 @@
 /* How long a wait goes on before it looks whether Ctrl-C came just before it slept. */
 #define SLICE 0.5
 
-/* ---- operations ------------------------------------------------------------------------ */
-
 void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
   struct operation *op = &s->op;
   memset(op, 0, sizeof *op);
