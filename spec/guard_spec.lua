@@ -18,21 +18,42 @@ local function granted(pid)
   return #rows == 1 and rows[1].granted
 end
 
+local function waits(pid)
+  local rows = support.pg_locks(pid)
+  return #rows == 1 and not rows[1].granted
+end
+
+-- Begins to wait, and stops the backend while it does. A timeout that has struck before that is
+-- doubled, and the wait begun again.
+local function begin_and_stop(waiter, key, options)
+  local pid = waiter.backend_pid
+  support.begin(waiter, "lock", key, options)
+  support.wait_until("the wait, or its timeout", function()
+    return waits(pid) or not support.core.step(waiter)
+  end)
+  support.signal("STOP", pid)
+  if waits(pid) then return end
+  support.signal("CONT", pid)
+  support.assert_code("timeout", support.complete, waiter)
+  options.timeout = options.timeout * 2
+  begin_and_stop(waiter, key, options)
+end
+
 -- Begins to wait for a lock; then, with the waiter's backend stopped, lets `fail` happen and the
 -- lock be granted, in this order or the other, and the backend go on.
 local function grant_and_fail(waiter, key, options, fail, fail_first)
-  local holder = support.connect()
-  local lock = holder:lock(key)
-  support.begin(waiter, "lock", key, options)
-  support.wait_until_waiting(waiter.backend_pid)
-  support.signal("STOP", waiter.backend_pid)
-  if fail_first then fail() end
+  local lock = support.connect():lock(key)
+  begin_and_stop(waiter, key, options)
+  if fail_first then fail(options) end
   lock:release()
   support.wait_until("the grant", function() return granted(waiter.backend_pid) end)
-  if not fail_first then fail() end
+  if not fail_first then fail(options) end
   support.signal("CONT", waiter.backend_pid)
   return pcall(support.complete, waiter)
 end
+
+-- The server began to count before the backend was stopped.
+local function timeout_passes(options) support.sleep(options.timeout) end
 
 describe("the guard, when the lock is granted at the moment of", function()
   after_each(support.finish)
@@ -42,7 +63,7 @@ describe("the guard, when the lock is granted at the moment of", function()
       if support.cannot_signal() then return end
       local waiter = support.connect()
       local ok, lock = grant_and_fail(waiter, key, { shared = shared, timeout = 0.1 },
-        function() support.sleep(0.2) end, true)
+        timeout_passes, true)
       assert.is_true(ok, lock)
       assert.is_true(lock.acquired)
       assert.is_true(lock:held())
@@ -103,8 +124,7 @@ describe("the guard, when the lock is granted at the moment of", function()
     if support.cannot_signal() then return end
     local waiter = support.connect()
     waiter:query "BEGIN"
-    local ok, lock = grant_and_fail(waiter, 1, { timeout = 0.1 },
-      function() support.sleep(0.2) end, true)
+    local ok, lock = grant_and_fail(waiter, 1, { timeout = 0.1 }, timeout_passes, true)
     assert.is_true(ok, lock)
     assert.equal("0", waiter:query("SHOW lock_timeout")[1].lock_timeout)
     waiter:query "ROLLBACK"
