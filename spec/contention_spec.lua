@@ -537,26 +537,65 @@ describe("the outcome of a call is what pg_locks says", function()
     print(("done %d %d %d"):format(interrupted, timeouts, granted))
   ]]
 
-  it("where pg_cancel_backend strikes waits and releases at random", function()
-    local log_is_clean = watch_log()
-    local seconds = math.max(0.3, 2 * math.min(1, size)) * support.slow
-    local processes = start(4, CANCELLED, nil, seconds * 1000)
-    local pids = {}
-    for i, process in ipairs(processes) do pids[i] = process.backend_pid end
-    local deadline = core.now() + seconds
-    repeat
-      -- a volley hits statements that are over at once, too: releases, and the guard itself
-      local volley = math.random(2) == 1 and 1 or math.random(2, 1000)
-      support.observe("SELECT count(pg_cancel_backend($1)) FROM generate_series(1, $2::int)",
-        pids[math.random(#pids)], volley)
-      if math.random(2) == 1 then support.sleep(math.random() * 0.003) end
-    until core.now() > deadline
-    local counts = finish(processes)
-    for i, what in ipairs { "interrupted", "timeouts", "granted" } do
-      assert.is_true(counts[i] > 0, what)
+  -- The same in transactions that are rolled back: cancels hit the savepoints, too.
+  local CANCELLED_INSIDE = TRUTH .. [[
+    local conn = support.connect()
+    local in_transaction = support.core.in_transaction
+    local interrupted, timeouts, granted = 0, 0, 0
+    there(conn)
+    local deadline = support.core.now() + rounds / 1000
+    while support.core.now() < deadline do
+      local options = { shared = math.random(3) == 1, timeout = math.random(0, 40) / 10000 }
+      repeat pcall(conn.query, conn, "BEGIN") until in_transaction(conn)
+      local ok, lock = pcall(conn.lock, conn, KEYS[math.random(#KEYS)], options)
+      if ok then
+        granted = granted + 1
+        assert(lock:held() and #conn:locks() == 1)
+        if math.random(2) == 1 then support.sleep(math.random() * 0.003) end
+        local released, err = pcall(lock.release, lock)
+        assert(released or err.code == "aborted_transaction", tostring(err))
+        assert(not lock:held())
+      elseif lock.code == "timeout" then
+        timeouts = timeouts + 1
+      else
+        interrupted = interrupted + 1
+        assert(lock.code == "interrupted" or lock.code == "aborted_transaction", tostring(lock))
+      end
+      repeat pcall(conn.query, conn, "ROLLBACK") until not in_transaction(conn)
+      assert(#conn:locks() == 0)
+      if on_server(conn) ~= "" then
+        support.wait_until("what could not be released inside", function()
+          pcall(conn.ping, conn)
+          return on_server(conn) == ""
+        end)
+      end
     end
-    log_is_clean()
-  end)
+    conn:close()
+    print(("done %d %d %d"):format(interrupted, timeouts, granted))
+  ]]
+
+  for where, script in pairs { [""] = CANCELLED, [" inside transactions"] = CANCELLED_INSIDE } do
+    it("where pg_cancel_backend strikes waits and releases at random" .. where, function()
+      local log_is_clean = watch_log()
+      local seconds = math.max(0.3, 2 * math.min(1, size)) * support.slow
+      local processes = start(4, script, nil, seconds * 1000)
+      local pids = {}
+      for i, process in ipairs(processes) do pids[i] = process.backend_pid end
+      local deadline = core.now() + seconds
+      repeat
+        -- a volley hits statements that are over at once, too: releases, and the guard itself
+        local volley = math.random(2) == 1 and 1 or math.random(2, 1000)
+        support.observe("SELECT count(pg_cancel_backend($1)) FROM generate_series(1, $2::int)",
+          pids[math.random(#pids)], volley)
+        if math.random(2) == 1 then support.sleep(math.random() * 0.003) end
+      until core.now() > deadline
+      local counts = finish(processes)
+      for i, what in ipairs { "interrupted", "timeouts", "granted" } do
+        assert.is_true(counts[i] > 0, what)
+      end
+      log_is_clean()
+    end)
+  end
 
   -- Many connections of this one process, each driven by a coroutine of its own.
   it("where conn:cancel() strikes waits at random", function()

@@ -158,17 +158,20 @@ static bool settling(struct session *s) {
   struct holding *h = op->holding;
   bool found = op->answer.value == VALUE_TRUE;
   if (op->state == MAIN) return false;
-  if (op->answer.failed && op->state == UNDO) {
+  if (op->answer.failed && op->answer.failure.code == INTERRUPTED &&
+      op->rounds++ < CANCELLED_AT_MOST) {
+    if (op->state == UNDO) /* its savepoint is still there */
+      go(s, UNDO);
+    else
+      recover(s, (enum state)op->state);
+  } else if (op->answer.failed && op->state == UNDO) {
     /* No savepoint to go back to: the transaction was aborted before the statement ran, and the
      * guard must wait for its end. */
     if (h->count == 0) holding_doubt(s, h);
     finished(s, ABORTED_TRANSACTION, op->answer.failure.message);
-  } else if (op->answer.failed) {
-    if (op->answer.failure.code == INTERRUPTED && op->rounds++ < CANCELLED_AT_MOST)
-      recover(s, (enum state)op->state);
-    else
-      session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
-  } else if (op->state == UNDO)
+  } else if (op->answer.failed)
+    session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
+  else if (op->state == UNDO)
     go(s, (enum state)op->resume);
   else if (op->state == GUARD && op->guard == GUARD_LOOK)
     conclude(s, found);
