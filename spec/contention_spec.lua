@@ -546,7 +546,10 @@ describe("the outcome of a call is what pg_locks says", function()
     local deadline = support.core.now() + rounds / 1000
     while support.core.now() < deadline do
       local options = { shared = math.random(3) == 1, timeout = math.random(0, 40) / 10000 }
-      repeat pcall(conn.query, conn, "BEGIN") until in_transaction(conn)
+      repeat
+        assert(conn:alive())
+        pcall(conn.query, conn, "BEGIN")
+      until in_transaction(conn)
       local ok, lock = pcall(conn.lock, conn, KEYS[math.random(#KEYS)], options)
       if ok then
         granted = granted + 1

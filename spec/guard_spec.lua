@@ -18,21 +18,16 @@ local function granted(pid)
   return #rows == 1 and rows[1].granted
 end
 
-local function waits(pid)
-  local rows = support.pg_locks(pid)
-  return #rows == 1 and not rows[1].granted
-end
-
 -- Begins to wait, and stops the backend while it does. A timeout that has struck before that is
 -- doubled, and the wait begun again.
 local function begin_and_stop(waiter, key, options)
   local pid = waiter.backend_pid
   support.begin(waiter, "lock", key, options)
   support.wait_until("the wait, or its timeout", function()
-    return waits(pid) or not support.core.step(waiter)
+    return support.is_waiting(pid) or not support.core.step(waiter)
   end)
   support.signal("STOP", pid)
-  if waits(pid) then return end
+  if support.is_waiting(pid) then return end
   support.signal("CONT", pid)
   support.assert_code("timeout", support.complete, waiter)
   options.timeout = options.timeout * 2

@@ -72,12 +72,17 @@ function support.wait_until(what, condition, seconds)
   error("waited in vain for " .. what, 2)
 end
 
---- Until the backend `pid` waits for an advisory lock.
+--- Does the backend `pid` sleep in the queue of an advisory lock?
+function support.is_waiting(pid)
+  local locks = support.observe([[SELECT 1 AS one FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+    WHERE pid = $1 AND locktype = 'advisory' AND NOT granted AND wait_event_type = 'Lock']], pid)
+  return #locks > 0
+end
+
+--- Until it does.
 function support.wait_until_waiting(pid)
   support.wait_until("backend " .. pid .. " to wait for a lock", function()
-    local locks = support.observe([[SELECT 1 AS one FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-      WHERE pid = $1 AND locktype = 'advisory' AND NOT granted AND wait_event_type = 'Lock']], pid)
-    return #locks > 0
+    return support.is_waiting(pid)
   end)
 end
 
