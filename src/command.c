@@ -107,10 +107,10 @@ static void command_end(struct session *s, struct command *c, bool written) {
   }
   *s->newest = c;
   s->newest = &c->next;
-  if (c->holding == NULL)
-    s->op.unanswered++;
-  else
+  if (c->holding != NULL)
     c->holding->releasing++;
+  else if (!c->abandoned)
+    s->op.unanswered++;
 }
 
 static bool send_sql(struct session *s, const char *sql) {
@@ -218,6 +218,16 @@ void command_sync(struct session *s) {
   if (c != NULL) command_end(s, c, true);
 }
 
+void command_rollback(struct session *s) {
+  struct command *c = command_begin(s, NULL);
+  if (c == NULL) return;
+  c->abandoned = c->vital = true;
+  command_end(s, c, send_sql(s, "ROLLBACK"));
+  if (s->pg == NULL) return;
+  s->in_transaction = s->transaction_failed = false;
+  holdings_settle(s);
+}
+
 /* ---- answers --------------------------------------------------------------------------- */
 
 static enum code code_of(const char *sqlstate) {
@@ -264,6 +274,7 @@ static void note_value(struct command *c, const PGresult *result) {
 }
 
 static void command_answered(struct session *s, struct command *c) {
+  bool fatal = c->vital && c->answer.failed;
   s->oldest = c->next;
   if (s->oldest == NULL) s->newest = &s->oldest;
   if (c->holding != NULL) {
@@ -274,6 +285,8 @@ static void command_answered(struct session *s, struct command *c) {
     s->op.answer = c->answer;
   }
   command_recycle(s, c);
+  if (fatal)
+    session_lose(s, LOST, c->answer.failure.sqlstate, c->answer.failure.message);
 }
 
 /* One result of the oldest command. */

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #define CONNINFO_TYPE "pglocks conninfo"
+#define WAITER_TYPE "pglocks waiter"
 #define MAGIC 0x70676c63u
 
 struct conninfo {
@@ -92,6 +93,57 @@ void connection_tell_loss(lua_State *L, int index, struct session *s) {
   slot_get(L, -1, SLOT_TELL_LOSS);
   lua_insert(L, -2);
   if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+}
+
+void connection_tell_free(lua_State *L, int index) {
+  if (!lua_checkstack(L, 4)) return;
+  lua_pushvalue(L, index);
+  slot_get(L, -1, SLOT_ON_FREE);
+  if (lua_isfunction(L, -1)) {
+    lua_insert(L, -2);
+    if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+  } else
+    lua_pop(L, 2);
+}
+
+/* ---- waiters --------------------------------------------------------------------------- */
+
+/* Stands for the coroutine that drives an operation. When it is closed or collected before the
+ * operation has come to its end, that coroutine was closed, failed or was left alone. */
+struct waiter {
+  uint32_t magic;
+  struct session *session; /* NULL: none yet, or over */
+  unsigned long operation; /* its number */
+};
+
+/* waiter(): made before the operation is begun, so that nothing can go wrong afterwards. */
+static int waiter(lua_State *L) {
+  struct waiter *w = new_userdata(L, sizeof *w);
+  w->magic = MAGIC;
+  w->session = NULL;
+  luaL_setmetatable(L, WAITER_TYPE);
+  return 1;
+}
+
+/* await(waiter, conn): the operation of the connection is the waiter's from now on. */
+static int await(lua_State *L) {
+  struct waiter *w = check_userdata(L, 1, WAITER_TYPE, sizeof *w, MAGIC);
+  struct session *s = connection_check(L, 2);
+  if (w->session != NULL) return luaL_error(L, "this waiter was used before");
+  w->session = s;
+  w->operation = s->operations;
+  s->refs++;
+  return 0;
+}
+
+static int waiter_end(lua_State *L) {
+  struct waiter *w = test_userdata(L, 1, WAITER_TYPE, sizeof *w, MAGIC);
+  struct session *s = w != NULL ? w->session : NULL;
+  if (s == NULL) return 0;
+  w->session = NULL;
+  if (s->operations == w->operation) operation_abandon(s);
+  session_unref(s);
+  return 0;
 }
 
 /* ---- connecting ------------------------------------------------------------------------ */
@@ -297,15 +349,6 @@ static int finish(lua_State *L) {
   return s->op.kind->finish(L, s);
 }
 
-/* Without an answer to wait for, and at any time: the last thing said on this session. */
-static void session_close(struct session *s) {
-  if (s->state == SESSION_OPEN || s->state == SESSION_CONNECTING) s->state = SESSION_CLOSED;
-  session_disconnect(s);
-  commands_drop(s);
-  if (s->op.kind != NULL && !s->op.done)
-    operation_done(s, CLOSED, "", "this connection was closed meanwhile");
-}
-
 static void closing_send(struct session *s) {
   static const char unlock_all[] = "SELECT pg_catalog.pg_advisory_unlock_all()";
   if (s->in_transaction)
@@ -379,8 +422,9 @@ static int connection_scope_end(lua_State *L) {
     session_close(s);
   else if (!is_over(s)) {
     closing_begin(s);
-    operation_run(L, s);
+    if (!s->scheduled) operation_run(L, s);
     operation_drop(s);
+    session_close(s);
   }
   if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR)
     connection_tell_loss(L, 1, s);
@@ -414,13 +458,20 @@ static int connection_cancel(lua_State *L) {
   return 1;
 }
 
-/* configure(conn, { reply_timeout =, deferred =, pooled =, backend_pid = }) */
+/* configure(conn, { reply_timeout =, deferred =, scheduled =, no_cancel =, pooled =, backend_pid =,
+ * on_free = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
   if (!lua_isnil(L, -1)) s->reply_timeout = luaL_checknumber(L, -1);
   lua_getfield(L, 2, "deferred");
   if (!lua_isnil(L, -1)) s->deferred = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "scheduled");
+  if (!lua_isnil(L, -1)) s->scheduled = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "no_cancel");
+  if (!lua_isnil(L, -1)) s->no_cancel = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "on_free");
+  if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_FREE);
   lua_getfield(L, 2, "pooled");
   if (!lua_isnil(L, -1)) s->pooled = lua_toboolean(L, -1);
   lua_getfield(L, 2, "backend_pid");
@@ -434,12 +485,44 @@ static int in_transaction(lua_State *L) {
   return 1;
 }
 
+/* is_free(conn): nothing is held, waited for or open on it. */
+static int is_free(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  lua_pushboolean(L, s->op.kind == NULL && !s->in_transaction && !holdings_any(s));
+  return 1;
+}
+
+/* rollback(conn): ends the transaction without waiting; a connection in use is closed for it. */
+static int rollback(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  if (is_over(s) || !s->in_transaction) return 0;
+  if (s->op.kind != NULL)
+    session_close(s);
+  else
+    command_rollback(s);
+  return 0;
+}
+
+void method_push(lua_State *L, bool scheduled) {
+  lua_pushnil(L);
+  if (scheduled) {
+    lua_pushvalue(L, 2);
+    lua_rawget(L, lua_upvalueindex(2));
+    lua_replace(L, 3);
+  }
+  if (lua_isnil(L, 3)) {
+    lua_pushvalue(L, 2);
+    lua_rawget(L, lua_upvalueindex(1));
+    lua_replace(L, 3);
+  }
+}
+
 static int connection_index(lua_State *L) {
+  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
   struct session *s;
   const char *field;
   lua_settop(L, 2);
-  lua_pushvalue(L, 2);
-  lua_rawget(L, lua_upvalueindex(1));
+  method_push(L, c != NULL && c->session != NULL && c->session->scheduled);
   if (!lua_isnil(L, -1)) return 1;
   s = connection_check(L, 1);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
@@ -480,10 +563,20 @@ static const luaL_Reg connection_methods[] = {{"alive", connection_alive},
 static const luaL_Reg starters[] = {
     {"connect", start_connect}, {"close", start_close}, {NULL, NULL}};
 
-static const luaL_Reg functions[] = {{"configure", configure}, {"conninfo", conninfo},
-                                     {"finish", finish},       {"in_transaction", in_transaction},
-                                     {"run", run},             {"step", step},
+static const luaL_Reg functions[] = {{"await", await},
+                                     {"configure", configure},
+                                     {"conninfo", conninfo},
+                                     {"finish", finish},
+                                     {"in_transaction", in_transaction},
+                                     {"is_free", is_free},
+                                     {"rollback", rollback},
+                                     {"run", run},
+                                     {"step", step},
+                                     {"waiter", waiter},
                                      {NULL, NULL}};
+
+static const luaL_Reg waiter_metamethods[] = {
+    {"__close", waiter_end}, {"__gc", waiter_end}, {NULL, NULL}};
 
 void connection_open(lua_State *L) {
   sessions_open();
@@ -495,10 +588,15 @@ void connection_open(lua_State *L) {
   lua_pop(L, 1);
   lua_getfield(L, -2, "connection");
   luaL_setfuncs(L, connection_methods, 0);
-  lua_pushcclosure(L, connection_index, 1);
+  lua_getfield(L, -3, "scheduled");
+  lua_getfield(L, -1, "connection");
+  lua_remove(L, -2);
+  lua_pushcclosure(L, connection_index, 2);
   lua_setfield(L, -2, "__index");
   luaL_newmetatable(L, CONNINFO_TYPE);
   lua_pushcfunction(L, conninfo_collect);
   lua_setfield(L, -2, "__gc");
-  lua_pop(L, 2);
+  luaL_newmetatable(L, WAITER_TYPE);
+  luaL_setfuncs(L, waiter_metamethods, 0);
+  lua_pop(L, 3);
 }

@@ -111,6 +111,13 @@ void holding_answered(struct session *s, const struct command *command) {
   holding_put(s, h);
 }
 
+bool holdings_any(const struct session *s) {
+  for (size_t i = 0; s->holding_count > 0 && i < s->bucket_count; i++)
+    for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->count > 0) return true;
+  return false;
+}
+
 void holdings_settle(struct session *s) {
   bool sent = false;
   if (s->doubtful == 0 || s->transaction_failed) return;

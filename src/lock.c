@@ -496,6 +496,7 @@ enum { RELEASE_DONE, RELEASE_OF_NOTHING };
 static int release_finish(lua_State *L, struct session *s) {
   bool nothing = s->op.demand == RELEASE_OF_NOTHING;
   operation_end(L, s);
+  if (s->scheduled) connection_tell_free(L, 1);
   if (nothing) {
     lua_pushnil(L);
     lua_pushliteral(L, "not held");
@@ -708,7 +709,7 @@ static int lock_scope_end(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL || lock_state(lock) != LOCK_HELD) return 0;
-  if (s->op.kind != NULL || session_is_foreign(s))
+  if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
     release_now(s, lock);
   else {
     release_begin(s, lock);
@@ -719,9 +720,10 @@ static int lock_scope_end(lua_State *L) {
     }
     operation_drop(s);
   }
-  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR) {
+  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR || s->scheduled) {
     connection_insert(L, lock);
     connection_tell_loss(L, 1, s);
+    connection_tell_free(L, 1);
   }
   return 0;
 }
@@ -742,11 +744,10 @@ static int lock_collect(lua_State *L) {
 }
 
 static int lock_index(lua_State *L) {
-  struct lock *lock;
+  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   const char *field;
   lua_settop(L, 2);
-  lua_pushvalue(L, 2);
-  lua_rawget(L, lua_upvalueindex(1));
+  method_push(L, lock != NULL && lock->session != NULL && lock->session->scheduled);
   if (!lua_isnil(L, -1)) return 1;
   lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
@@ -815,7 +816,10 @@ void lock_open(lua_State *L) {
   luaL_setfuncs(L, lock_metamethods, 0);
   lua_getfield(L, -2, "lock");
   luaL_setfuncs(L, lock_methods, 0);
-  lua_pushcclosure(L, lock_index, 1);
+  lua_getfield(L, -3, "scheduled");
+  lua_getfield(L, -1, "lock");
+  lua_remove(L, -2);
+  lua_pushcclosure(L, lock_index, 2);
   lua_setfield(L, -2, "__index");
   lua_pop(L, 1);
 }

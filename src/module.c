@@ -234,6 +234,7 @@ static const luaL_Reg functions[] = {{"now", now},
 
 /* pglocks.core:
  *   connection, lock   the methods of each, for Lua to add to
+ *   scheduled          connection, lock: those that replace them where a scheduler waits
  *   start              the same methods, as operations that are begun and not waited for: drive
  *                      them with step(conn), then finish(conn) */
 __attribute__((visibility("default"))) int luaopen_pglocks_core(lua_State *L);
@@ -253,6 +254,12 @@ int luaopen_pglocks_core(lua_State *L) {
   lua_setfield(L, -2, "connection");
   lua_newtable(L);
   lua_setfield(L, -2, "lock");
+  lua_newtable(L);
+  for (size_t i = 0; i < 2; i++) {
+    lua_newtable(L);
+    lua_setfield(L, -2, i == 0 ? "connection" : "lock");
+  }
+  lua_setfield(L, -2, "scheduled");
   key_open(L);
   connection_open(L);
   query_open(L);

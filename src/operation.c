@@ -12,6 +12,7 @@
 void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
   struct operation *op = &s->op;
   memset(op, 0, sizeof *op);
+  s->operations++;
   op->timeout = -1;
   op->kind = kind;
   op->started = monotonic_now();
@@ -45,6 +46,17 @@ void operation_done(struct session *s, enum code code, const char *sqlstate, con
   vsnprintf(message, sizeof message, format, args);
   va_end(args);
   failure_set(&op->failure, code, sqlstate, "%s", message);
+}
+
+void operation_abandon(struct session *s) {
+  if (s->op.kind == NULL) return;
+  if (s->state == SESSION_OPEN) {
+    /* Not awaited: it only takes a waiter out of the server's queue. */
+    if (s->op.kind->interruptible && s->cancel == NULL) cancel_begin(s);
+    session_lose(s, LOST, "", "the coroutine that waited on this connection has ended");
+  } else
+    session_close(s);
+  operation_drop(s);
 }
 
 void operation_interrupt(struct session *s) {
@@ -86,7 +98,9 @@ static void give_up_on_lost_sync(struct session *s) {
 void operation_progress(struct session *s) {
   struct operation *op = &s->op;
   if (op->done) return;
-  if (s->state == SESSION_CONNECTING)
+  if (s->state == SESSION_CLOSED)
+    session_close(s);
+  else if (s->state == SESSION_CONNECTING)
     op->kind->advance(s);
   else if (commands_collect(s)) {
     cancel_look(s);

@@ -150,6 +150,7 @@ struct command {
   bool keep_result;
   bool prepares;  /* its statement, so that the first result is of that */
   bool abandoned; /* nobody wants its answer */
+  bool vital;     /* the session is lost when it fails */
   int statement;  /* that it executes, or -1 */
   int results;    /* seen so far */
   struct answer answer;
@@ -169,6 +170,8 @@ void command_guard(struct session *s, enum guard guard, const struct key *key, b
 void command_simple(struct session *s, const char *first, const char *second);
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
 void command_sync(struct session *s);
+/* Ends the transaction without waiting; what comes next finds it ended. */
+void command_rollback(struct session *s);
 /* Takes in what has arrived and hands out answers; never waits. False: the session is lost. */
 bool commands_collect(struct session *s);
 void commands_drop(struct session *s); /* the session is gone: nobody will answer */
@@ -227,6 +230,8 @@ int operation_complete(lua_State *L, struct session *s);
 /* The operation is over: raises if it failed. Connection at 1. */
 void operation_end(lua_State *L, struct session *s);
 void operation_drop(struct session *s); /* is over, whatever became of it */
+/* Nobody will drive it to its end: its outcome is unknown, and the connection is closed. */
+void operation_abandon(struct session *s);
 
 /* ---- session.c ------------------------------------------------------------------------ */
 
@@ -246,7 +251,9 @@ struct session {
   bool doomed;    /* the server announced the end, and why stands in loss */
   bool loss_told; /* on_lost has been called */
   bool in_transaction, transaction_failed; /* after the last command that could change it */
-  bool deferred; /* releases are sent and their answers collected later */
+  bool deferred;  /* releases are sent and their answers collected later */
+  bool scheduled; /* a scheduler waits for it: nothing here blocks */
+  bool no_cancel; /* libpq does not know the server's address */
   bool pooled;
   int backend_pid, server_version;
   double reply_timeout; /* seconds */
@@ -259,12 +266,15 @@ struct session {
   struct key release_key;
   struct cancel *cancel; /* a cancel request under way */
   struct operation op;
+  unsigned long operations; /* begun so far: the number of the one under way */
   uint32_t prepared; /* a bit for each statement */
 };
 
 struct session *session_new(void); /* NULL without memory */
 void session_unref(struct session *s);
 void session_disconnect(struct session *s);
+/* Without an answer to wait for, and at any time: the last thing said on this session. */
+void session_close(struct session *s);
 /* The session is gone: with it all that it held, and the operation under way fails. */
 void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
 bool session_alive(struct session *s); /* looks at the socket, no round trip */
@@ -291,7 +301,8 @@ enum slot {
   SLOT_NOTHING,   /* a function that does nothing, for an interpreter's hook to interrupt */
   SLOT_TELL_LOSS, /* calls on_lost */
   SLOT_ON_LOST,
-  SLOTS = SLOT_ON_LOST
+  SLOT_ON_FREE, /* called when a lock has been let go */
+  SLOTS = SLOT_ON_FREE
 };
 
 /* The environment of the connection at `index`; slot_set pops the value. */
@@ -302,6 +313,9 @@ struct session *connection_check(lua_State *L, int index); /* whatever its state
 /* A connection that may start an operation: raises closed, lost, forked, busy_connection. */
 struct session *connection_ready(lua_State *L, int index);
 void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
+void connection_tell_free(lua_State *L, int index); /* on_free(conn), protected */
+/* Pushes a copy of the method named by `field` at 2, or nil: of `scheduled` or of the methods. */
+void method_push(lua_State *L, bool scheduled);
 void connection_open(lua_State *L);
 
 /* ---- query.c -------------------------------------------------------------------------- */
@@ -341,6 +355,7 @@ void holding_doubt(struct session *s, struct holding *h);
 void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holding_answered(struct session *s, const struct command *command);
+bool holdings_any(const struct session *s); /* is anything held? */
 /* Sends the guard for every doubtful holding, unless the transaction must end first. */
 void holdings_settle(struct session *s);
 void holdings_free(struct session *s);

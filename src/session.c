@@ -11,6 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define DEFAULT_REPLY_TIMEOUT 10.0
@@ -70,6 +71,22 @@ void session_disconnect(struct session *s) {
   unlock_sessions();
   PQfinish(pg);
   s->in_transaction = s->transaction_failed = false;
+}
+
+void session_close(struct session *s) {
+  bool waited_for = s->scheduled && s->op.kind != NULL && !s->op.done;
+  bool was_open = s->state == SESSION_OPEN || s->state == SESSION_CONNECTING;
+  if (was_open) s->state = SESSION_CLOSED;
+  if (was_open && waited_for && s->pg != NULL && !session_is_foreign(s)) {
+    /* A scheduler waits for this file descriptor in another coroutine: that wakes up, and closes
+     * it in its next step. */
+    shutdown(PQsocket(s->pg), SHUT_RDWR);
+    return;
+  }
+  session_disconnect(s);
+  commands_drop(s);
+  if (s->op.kind != NULL && !s->op.done)
+    operation_done(s, CLOSED, "", "this connection was closed meanwhile");
 }
 
 static void cancel_unref(struct cancel *cancel);
@@ -192,7 +209,7 @@ static void pin_library(void) {
 }
 
 bool cancel_begin(struct session *s) {
-  struct cancel *cancel = calloc(1, sizeof *cancel);
+  struct cancel *cancel = s->no_cancel ? NULL : calloc(1, sizeof *cancel);
   sigset_t all, before;
   pthread_attr_t detached;
   pthread_t thread;

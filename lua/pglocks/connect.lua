@@ -2,6 +2,7 @@
 -- which time, with which settings. The steps themselves are the core's.
 
 local core = require "pglocks.core"
+local scheduled = require "pglocks.scheduled"
 
 core.own_source(debug.getinfo(1, "S").source)
 
@@ -48,6 +49,9 @@ local OPTIONS = {
     '"confirmed" or "deferred"' },
   allow_standby = { function(v) return type(v) == "boolean" end, "a boolean" },
   pooled = { function(v) return v == "session" end, '"session"' },
+  pool_size = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
+    "an integer, at least 1" },
+  scheduler = true, -- by scheduled.choose
 }
 
 -- What is wrong must not be quoted: it may be a part of a password.
@@ -57,7 +61,11 @@ local function add_table(described, keywords, options)
   local known = core.conninfo()
   for name, value in pairs(described) do
     local option = OPTIONS[name]
-    if option then
+    if name == "scheduler" then
+      local scheduler, wrong = scheduled.choose(value)
+      if wrong then return "option 'scheduler': " .. wrong end
+      options.scheduler = scheduler
+    elseif option then
       if not option[1](value) then
         return ("option '%s' must be %s"):format(name, option[2])
       end
@@ -88,9 +96,11 @@ end
 
 --- Reads a description: nil, a conninfo string or URI, or a table of libpq's keywords and/or
 --- `conninfo`, and our options.
+---@param described? string|pglocks.description
+---@param scheduler pglocks.scheduler|false where it does not name one
 ---@return table|nil keywords
 ---@return table|string options, or what is wrong
-local function describe(described)
+local function describe(described, scheduler)
   local keywords, options, wrong = {}, {}, nil
   if type(described) == "string" then
     wrong = add_conninfo(described, keywords)
@@ -104,6 +114,7 @@ local function describe(described)
     wrong = "keyword 'port' must be a number"
   end
   if wrong then return nil, wrong end
+  if options.scheduler == nil then options.scheduler = scheduler end
   return keywords, options
 end
 
@@ -144,14 +155,14 @@ local function try_next_host(err)
 end
 
 local function handshake(conn, options, time_left)
-  local row = core.execute(conn, time_left, HANDSHAKE, conn.backend_pid)[1]
+  local row = scheduled.execute(conn, time_left, HANDSHAKE, conn.backend_pid)[1]
   if row.backend_pid ~= conn.backend_pid then
     core.configure(conn, { pooled = true, backend_pid = row.backend_pid })
     if options.pooled ~= "session" then
       core.raise("pooled", "this is a connection pooler, which may give one session to several"
         .. " clients; say pooled = \"session\" where it pools sessions only")
     end
-    core.execute(conn, time_left, HANDSHAKE, row.backend_pid)
+    scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid)
   end
   if row.standby and not options.allow_standby then
     core.raise("standby", "this server is a standby, and its locks are its own")
@@ -161,12 +172,12 @@ end
 local function open(keywords, options, time_left)
   local conn = core.start.connect(keywords, time_left, options.on_lost)
   local began = core.now()
-  core.run(conn)
-  local ok, err = core.finish(conn)
+  if options.scheduler then scheduled.adopt(conn, options.scheduler) end
+  local ok, err = scheduled.run(conn)
   if not ok then return nil, err end
   core.configure(conn, {
     reply_timeout = options.reply_timeout,
-    deferred = options.release == "deferred",
+    deferred = options.release == "deferred" or options.scheduler and options.release == nil,
   })
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
   if ok then return conn end

@@ -6,6 +6,8 @@
 
 local core = require "pglocks.core"
 local opening = require "pglocks.connect"
+local pool = require "pglocks.pool"
+local scheduled = require "pglocks.scheduled"
 local run = require "pglocks.scope"
 
 core.own_source(debug.getinfo(1, "S").source)
@@ -78,21 +80,21 @@ local WITHIN_REPLY_TIMEOUT, WITHOUT_DEADLINE = nil, -1
 
 local Transaction = {}
 
--- An error is in flight, and must not be masked. A session that cannot roll back is closed.
+-- An error is in flight, and must not be masked. Where a scheduler waits, nothing does here.
 function Transaction:__close()
   local conn = self.conn
   if not core.in_transaction(conn) then return end
-  pcall(core.execute, conn, WITHIN_REPLY_TIMEOUT, "ROLLBACK")
-  if core.in_transaction(conn) then pcall(conn.close, conn) end
+  core.rollback(conn)
+  if not scheduled.of(conn) then pcall(conn.ping, conn) end
 end
 
 local function begin(conn, fn, ...)
-  core.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
+  scheduled.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
   return fn(conn, ...)
 end
 
 local function commit(transaction, ...)
-  local _, tag = core.execute(transaction.conn, WITHOUT_DEADLINE, "COMMIT")
+  local _, tag = scheduled.execute(transaction.conn, WITHOUT_DEADLINE, "COMMIT")
   if tag ~= "COMMIT" then
     core.raise("aborted_transaction", "a statement had failed: the transaction was rolled back")
   end
@@ -111,35 +113,41 @@ end
 
 -- ---- connections ------------------------------------------------------------------------
 
+local default_scheduler = scheduled.default()
+
 --- Opens a connection of its own. Raises connect, too_many_connections, standby, pooled.
 ---
 ---     local conn <close> = pglocks.connect "postgresql:///app"
 ---@param described? string|pglocks.description without it the PG* environment
 ---@return pglocks.connection
 function pglocks.connect(described)
-  local keywords, options = opening.describe(described)
+  local keywords, options = opening.describe(described, default_scheduler)
   if not keywords then core.raise_argument(1, options) end
   return opening.connect(keywords, options)
 end
 
 local databases = {} -- by name: { keywords, options }
-local connections = {} -- by name: the one that all callers share
+local owners = {} -- by name: a connection that all callers share, or a pool
 
 -- The owner of a module-level lock. In a plain program that is one connection for each name,
--- opened on first use, and anew after it was lost: holding nothing then. What is wrong with the
--- arguments is raised before it is opened for them.
+-- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
+-- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
+-- anything is opened for them.
 local function owner(name, key, options)
-  local conn = connections[name]
-  if conn and conn:alive() then return conn end
+  local found = owners[name]
+  if found and found:alive() then return found end
   local described = databases[name]
-  if not described and name == "default" then described = { opening.describe() } end
+  if not described and name == "default" then
+    described = { opening.describe(nil, default_scheduler) }
+  end
   if not described then
     core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
   end
   core.check(key, options)
-  conn = opening.connect(described[1], described[2])
-  connections[name] = conn
-  return conn
+  local keywords, own = described[1], described[2]
+  found = own.scheduler and pool.new(keywords, own, own.scheduler) or opening.connect(keywords, own)
+  owners[name] = found
+  return found
 end
 
 -- The database that options name, and the options that are the connection's.
@@ -184,10 +192,13 @@ function pglocks.setup(settings)
     core.raise_argument(1, ("conninfo string or table expected, got %s"):format(type(settings)))
   end
   for name in pairs(settings) do
-    if name ~= "databases" and name ~= "hash" and name ~= "namespace" then
+    if name ~= "databases" and name ~= "hash" and name ~= "namespace" and name ~= "scheduler" then
       core.raise_argument(1, ("unknown key '%s'"):format(tostring(name)))
     end
   end
+  local scheduler, wrong = scheduled.default(), nil
+  if settings.scheduler ~= nil then scheduler, wrong = scheduled.choose(settings.scheduler) end
+  if wrong then core.raise_argument(1, "scheduler: " .. wrong) end
   local described = {}
   if settings.databases ~= nil and type(settings.databases) ~= "table" then
     core.raise_argument(1, "databases: table of descriptions by name expected")
@@ -196,14 +207,14 @@ function pglocks.setup(settings)
     if type(name) ~= "string" then
       core.raise_argument(1, "databases: names as strings expected")
     end
-    local keywords, options = opening.describe(description)
+    local keywords, options = opening.describe(description, scheduler)
     if not keywords then
       core.raise_argument(1, ("databases.%s: %s"):format(name, options))
     end
     described[name] = { keywords, options }
   end
   core.key_defaults { hash = settings.hash, namespace = settings.namespace }
-  databases, connections = described, {}
+  databases, owners, default_scheduler = described, {}, scheduler
 end
 
 --- A key as PostgreSQL sees it: comparable, with classid, objid and objsubid as in pg_locks.
@@ -297,8 +308,9 @@ function pglocks.advisory_lock(lock_id, options)
     rest = options
   end
   if wait ~= false then return through(program:lock(lock_id, rest)) end
-  local conn, own = choose(lock_id, rest)
-  return through(core.attempt(conn, lock_id, own))
+  local found, own = choose(lock_id, rest)
+  if found.attempt then return through(found:attempt(lock_id, own)) end
+  return through(core.attempt(found, lock_id, own))
 end
 
 return pglocks

@@ -1,0 +1,198 @@
+-- pool.lua: a connection for each module-level lock, so that the coroutines of one process exclude
+-- each other. A connection goes back when its lock has been let go.
+
+local core = require "pglocks.core"
+local opening = require "pglocks.connect"
+local run = require "pglocks.scope"
+local scheduled = require "pglocks.scheduled"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+local SIZE = 10
+local PATIENCE = 10 -- seconds that a call waits for a connection, where `timeout` does not say
+local LONGEST_OPENING = 60 -- seconds; of a coroutine that ended meanwhile nothing else is heard
+
+-- Seconds after which a coroutine in the queue looks for connections that nobody has given back:
+-- their lock was collected, or the coroutine ended while it waited. And for its own turn, should
+-- the one before it have ended.
+local FIRST_LOOKS, OTHERS_LOOK = 0.05, 1
+
+local Pool = {}
+Pool.__index = Pool
+
+--- A pool of connections to what `describe` has read. It has the calls that take a lock.
+---@param keywords table<string, string>
+---@param options table
+---@param scheduler pglocks.scheduler
+local function new(keywords, options, scheduler)
+  return setmetatable({
+    keywords = keywords,
+    options = options,
+    scheduler = scheduler,
+    free = {}, -- a stack
+    lent = {}, -- by connection
+    openings = {}, -- of each its latest end
+    queue = {}, -- tickets of the coroutines that wait for a connection
+  }, Pool)
+end
+
+-- As the connection that a plain program has in this place: a pool is never lost.
+function Pool:alive() return self.scheduler ~= nil end
+
+-- ---- connections ------------------------------------------------------------------------
+
+function Pool:wake_first()
+  local queue = self.queue
+  while queue[1] and queue[1].looks_at + 4 * OTHERS_LOOK < core.now() do table.remove(queue, 1) end
+  if queue[1] then self.scheduler.wake(queue[1].token) end
+end
+
+function Pool:give_back(conn)
+  if not self.lent[conn] or not (core.is_free(conn) or not conn:alive()) then return end
+  self.lent[conn] = nil
+  if conn:alive() then self.free[#self.free + 1] = conn end
+  self:wake_first()
+end
+
+function Pool:reclaim()
+  for conn in pairs(self.lent) do self:give_back(conn) end
+  for one, latest in pairs(self.openings) do
+    if latest < core.now() then self.openings[one] = nil end
+  end
+end
+
+local Opening = {}
+
+function Opening:__close()
+  self.pool.openings[self] = nil
+  if not self.pool.lent[self.conn] then self.pool:wake_first() end
+end
+
+local function opened(self, conn)
+  self.conn, self.pool.lent[conn] = conn, true
+  core.configure(conn, { on_free = function(freed) self.pool:give_back(freed) end })
+  return conn
+end
+
+function Pool:open()
+  local one = setmetatable({ pool = self, conn = false }, Opening)
+  self.openings[one] = core.now() + LONGEST_OPENING
+  return run(one, opened, opening.connect, self.keywords, self.options)
+end
+
+local function count(set)
+  local n = 0
+  for _ in pairs(set) do n = n + 1 end
+  return n
+end
+
+-- One that is free, or a new one; nil if there are enough.
+function Pool:find()
+  while #self.free > 0 do
+    local conn = table.remove(self.free)
+    if conn:alive() then
+      self.lent[conn] = true
+      return conn
+    end
+  end
+  if count(self.lent) + count(self.openings) < (self.options.pool_size or SIZE) then
+    return self:open()
+  end
+end
+
+-- ---- the queue --------------------------------------------------------------------------
+
+local Ticket = {}
+
+function Ticket:__close()
+  local queue = self.pool.queue
+  for place, ticket in ipairs(queue) do
+    if ticket == self then
+      table.remove(queue, place)
+      break
+    end
+  end
+  if #self.pool.free > 0 then self.pool:wake_first() end
+end
+
+local function queue_up(ticket, deadline)
+  local pool = ticket.pool
+  local queue, scheduler = pool.queue, pool.scheduler
+  queue[#queue + 1] = ticket
+  while true do
+    local left = deadline - core.now()
+    if left <= 0 then return nil end
+    ticket.looks_at, ticket.token = core.now(), scheduler.token()
+    scheduler.park(math.min(left, queue[1] == ticket and FIRST_LOOKS or OTHERS_LOOK))
+    pool:reclaim()
+    local conn = pool:find()
+    if conn then return conn end
+  end
+end
+
+local function leave(_, conn) return conn end
+
+-- A connection that only the caller has; nil when none came free until `deadline`.
+function Pool:take(deadline)
+  local conn = not self.queue[1] and self:find()
+  if conn then return conn end
+  local ticket = setmetatable({ pool = self }, Ticket)
+  return run(ticket, leave, queue_up, ticket, deadline)
+end
+
+-- ---- locks ------------------------------------------------------------------------------
+
+local Loan = {}
+
+function Loan:__close() self.pool:give_back(self.conn) end
+
+local function pass(_, ...) return ... end
+
+-- The options, with what is left of their timeout.
+local function remaining(options, spent)
+  if not options or not options.timeout or options.timeout == 0 or spent < 0.001 then
+    return options
+  end
+  local rest = {}
+  for name, value in pairs(options) do rest[name] = value end
+  rest.timeout = math.max(0.001, options.timeout - spent)
+  return rest
+end
+
+-- Calls method(conn, key, options). When it has taken no lock, the connection goes back; else the
+-- lock's end gives it back.
+local function with_connection(self, method, key, options, on_timeout)
+  core.check(key, options)
+  local began = core.now()
+  local patience, timeout = self.options.timeout or PATIENCE, options and options.timeout
+  if timeout and timeout > 0 and timeout < patience then patience = timeout end
+  local conn = self:take(began + patience)
+  if conn then
+    options = remaining(options, core.now() - began)
+    return run(setmetatable({ pool = self, conn = conn }, Loan), pass, method, conn, key, options)
+  elseif patience == timeout then
+    return on_timeout(timeout)
+  end
+  core.raise("too_many_connections", ("all %d connections of the pool were in use for %g s")
+    :format(self.options.pool_size or SIZE, patience))
+end
+
+local function raise_timeout(timeout)
+  core.raise("timeout", ("no connection of the pool came free within %.7g s"):format(timeout))
+end
+
+function Pool:lock(key, options)
+  return pass(nil, with_connection(self, core.scheduled.connection.lock, key, options,
+    raise_timeout))
+end
+
+function Pool:try_lock(key, options)
+  return pass(nil, with_connection(self, core.scheduled.connection.try_lock, key, options,
+    function() return nil, "timeout" end))
+end
+
+function Pool:attempt(key, options)
+  return pass(nil, with_connection(self, scheduled.attempt, key, options, raise_timeout))
+end
+
+return { new = new }

@@ -1,0 +1,117 @@
+-- scheduled.lua: connections that a scheduler waits for. The operations and their steps are the
+-- core's; between two steps the calling coroutine waits, and the program's event loop goes on.
+
+local core = require "pglocks.core"
+local run = require "pglocks.scope"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+local scheduled = {}
+
+-- ---- which scheduler --------------------------------------------------------------------
+
+local SHIPPED = { cqueues = true, luv = true }
+local FUNCTIONS = { "wait", "sleep", "now", "park", "wake", "token" }
+
+--- The scheduler of connections that do not name one; false: they block.
+---@return pglocks.scheduler|false
+function scheduled.default() return false end
+
+--- What the option `scheduler` names; false: to block.
+---@param named string|pglocks.scheduler
+---@return pglocks.scheduler|false
+---@return string|nil wrong
+function scheduled.choose(named)
+  if named == "blocking" then return false end
+  if SHIPPED[named] then
+    local ok, scheduler = pcall(require, "pglocks.scheduler." .. named)
+    if ok then return scheduler end
+    return false, ("'%s' cannot be loaded: %s"):format(named, tostring(scheduler):match "[^\n]*")
+  elseif type(named) ~= "table" then
+    return false, ([["cqueues", "luv", "blocking" or a table expected, got %s]]):format(
+      type(named) == "string" and ("%q"):format(named) or type(named))
+  end
+  for _, name in ipairs(FUNCTIONS) do
+    if type(named[name]) ~= "function" then return false, ("it has no function '%s'"):format(name) end
+  end
+  return named
+end
+
+-- ---- driving ----------------------------------------------------------------------------
+
+local schedulers = setmetatable({}, { __mode = "k" }) -- by connection
+
+--- From now on `scheduler` waits for the connection.
+function scheduled.adopt(conn, scheduler)
+  schedulers[conn] = scheduler
+  core.configure(conn, { scheduled = true, no_cancel = scheduler.no_cancel })
+end
+
+--- The scheduler of a connection, or nil.
+function scheduled.of(conn) return schedulers[conn] end
+
+local step, finish, await, new_waiter = core.step, core.finish, core.await, core.waiter
+
+local function drive(waiter, conn)
+  local wait = schedulers[conn].wait
+  await(waiter, conn)
+  local events, fd, seconds = step(conn)
+  while events do
+    wait(fd, events, seconds < math.huge and seconds or nil)
+    events, fd, seconds = step(conn)
+  end
+  return finish(conn)
+end
+
+-- `begin` returns the connection where it was called on a lock.
+local function begin_and_drive(waiter, begin, subject, ...)
+  return drive(waiter, begin(subject, ...) or subject)
+end
+
+local function pass(_, ...) return ... end
+
+-- When the coroutine ends inside, the waiter closes the connection: nobody else would ever drive
+-- the operation to its end.
+local function call(begin, ...)
+  local waiter = new_waiter()
+  return run(waiter, pass, begin_and_drive, waiter, begin, ...)
+end
+
+--- Drives what was begun on a connection, with and without a scheduler.
+function scheduled.run(conn)
+  if schedulers[conn] then
+    local waiter = new_waiter()
+    return run(waiter, pass, drive, waiter, conn)
+  end
+  core.run(conn)
+  return core.finish(conn)
+end
+
+for _, method in ipairs { "lock", "try_lock", "ping", "close" } do
+  local begin = core.start[method]
+  core.scheduled.connection[method] = function(...) return pass(nil, call(begin, ...)) end
+end
+
+for _, method in ipairs { "release", "check" } do
+  local begin = core.start[method]
+  core.scheduled.lock[method] = function(...) return pass(nil, call(begin, ...)) end
+end
+
+-- The rows alone.
+function core.scheduled.connection.query(...)
+  local rows = call(core.start.query, ...)
+  return rows
+end
+
+--- core.execute and core.attempt, for connections with and without a scheduler.
+function scheduled.execute(conn, ...)
+  if schedulers[conn] then return call(core.start.execute, conn, ...) end
+  return core.execute(conn, ...)
+end
+
+function scheduled.attempt(conn, ...)
+  if schedulers[conn] then return pass(nil, call(core.start.attempt, conn, ...)) end
+  return pass(nil, core.attempt(conn, ...))
+end
+
+return scheduled

@@ -1,0 +1,38 @@
+--- Waits in coroutines of cqueues.
+---
+---     local conn = pglocks.connect { conninfo = "postgresql:///app", scheduler = "cqueues" }
+---
+--- Outside a running controller `wait` waits alone, and nothing else goes on.
+
+local cqueues = require "cqueues"
+local condition = require "cqueues.condition"
+local core = require "pglocks.core"
+
+local poll, cancel = cqueues.poll, cqueues.cancel
+
+---@type pglocks.scheduler
+local scheduler = { now = core.now, sleep = cqueues.sleep }
+
+function scheduler.wait(fd, events, seconds)
+  poll({ pollfd = fd, events = events }, seconds)
+  -- A controller forgets a file descriptor some time later. When that is closed meanwhile, and its
+  -- number used for another, it would never wake for that one.
+  cancel(fd)
+end
+
+local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
+
+function scheduler.token()
+  local token = condition.new()
+  tokens[coroutine.running() or "main"] = token
+  return token
+end
+
+function scheduler.park(seconds)
+  local token = tokens[coroutine.running() or "main"]
+  return token:wait(seconds)
+end
+
+function scheduler.wake(token) token:signal() end
+
+return scheduler

@@ -1,0 +1,120 @@
+--- Waits in coroutines on luv's event loop.
+---
+---     local conn = pglocks.connect { conninfo = "postgresql:///app", scheduler = "luv" }
+---
+--- On the main thread `wait` runs the loop itself, until there is nothing to wait for any more. In
+--- a callback, which no loop can go on beside, it raises: begin a coroutine there.
+
+local uv = require "luv"
+local core = require "pglocks.core"
+local run = require "pglocks.scope"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+-- libuv never comes back to Lua while nothing happens: so every half second something does, for
+-- Ctrl-C to strike in.
+local INTERRUPT_MS = 500
+local interrupts, waiting = uv.new_timer(), 0
+
+-- What a coroutine waits for; closed when that has come, or when the coroutine is.
+local Wait = {}
+
+function Wait:__close()
+  if self.closed then return end
+  self.closed = true
+  waiting = waiting - 1
+  if waiting == 0 then interrupts:stop() end
+  if self.poll then self.poll:close() end
+  if self.timer then self.timer:close() end
+end
+
+-- An error that nobody caught ends the program, as luv has it; on the way its scopes are closed.
+local function fail(co, err)
+  local message = debug.traceback(co, tostring(err))
+  if coroutine.close then coroutine.close(co) end
+  error(message, 0)
+end
+
+local function resume(self, came)
+  if self.over then return end
+  self.over, self.came = true, came
+  if not self.co then return end
+  local ok, err = coroutine.resume(self.co)
+  if not ok then fail(self.co, err) end
+end
+
+local function new_wait()
+  local co, main = coroutine.running()
+  if main then co = nil end
+  if not co and uv.loop_mode() then
+    core.raise("server", "luv: nothing can wait in a callback; begin a coroutine there")
+  end
+  if waiting == 0 then interrupts:start(INTERRUPT_MS, INTERRUPT_MS, function() end) end
+  waiting = waiting + 1
+  return setmetatable({ co = co }, Wait)
+end
+
+local function set_timer(self, seconds)
+  self.timer = uv.new_timer()
+  self.timer:start(math.ceil(seconds * 1000), 0, function() resume(self, false) end)
+end
+
+local function suspend(self)
+  if self.co then
+    coroutine.yield()
+  else
+    while not self.over do uv.run "once" end
+  end
+end
+
+local function came(self)
+  self:__close()
+  return self.came
+end
+
+Wait.__index = Wait
+
+local function finish(self) return run(self, came, suspend, self) end
+
+---@type pglocks.scheduler
+local scheduler = { now = core.now }
+
+function scheduler.wait(fd, events, seconds)
+  local self = new_wait()
+  self.poll = assert(uv.new_poll(fd))
+  self.poll:start(events, function() resume(self, true) end)
+  if seconds then set_timer(self, seconds) end
+  finish(self)
+end
+
+function scheduler.sleep(seconds)
+  local self = new_wait()
+  set_timer(self, seconds)
+  finish(self)
+end
+
+local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
+
+function scheduler.token()
+  local token = {}
+  tokens[coroutine.running() or "main"] = token
+  return token
+end
+
+function scheduler.park(seconds)
+  local token = tokens[coroutine.running() or "main"]
+  if token.woken then return true end
+  local self = new_wait()
+  token.parked = self
+  set_timer(self, seconds or 1e6)
+  return finish(self)
+end
+
+-- From the loop, because whoever calls this may be in the middle of anything.
+function scheduler.wake(token)
+  token.woken = true
+  local self = token.parked
+  if self and not self.over then self.timer:start(0, 0, function() resume(self, true) end) end
+end
+
+return scheduler
