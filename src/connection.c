@@ -2,9 +2,11 @@
 #include "pglocks.h"
 
 #include <string.h>
+#include <unistd.h>
 
 #define CONNINFO_TYPE "pglocks conninfo"
 #define WAITER_TYPE "pglocks waiter"
+#define WATCH_TYPE "pglocks watch"
 #define MAGIC 0x70676c63u
 
 struct conninfo {
@@ -143,6 +145,34 @@ static int waiter_end(lua_State *L) {
   w->session = NULL;
   if (s->operations == w->operation) operation_abandon(s);
   session_unref(s);
+  return 0;
+}
+
+/* ---- watches --------------------------------------------------------------------------- */
+
+struct watch {
+  uint32_t magic;
+  int fd;
+};
+
+/* watch(conn): an object that keeps a file descriptor open, and that: readable whenever `alive` has
+ * something to look at. Nothing if there is none to be had. */
+static int watch(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  struct watch *w = new_userdata(L, sizeof *w);
+  w->magic = MAGIC;
+  w->fd = -1;
+  luaL_setmetatable(L, WATCH_TYPE);
+  w->fd = session_watch(s);
+  if (w->fd < 0) return 0;
+  lua_pushinteger(L, w->fd);
+  return 2;
+}
+
+static int watch_collect(lua_State *L) {
+  struct watch *w = test_userdata(L, 1, WATCH_TYPE, sizeof *w, MAGIC);
+  if (w != NULL && w->fd >= 0) close(w->fd);
+  if (w != NULL) w->fd = -1;
   return 0;
 }
 
@@ -573,10 +603,14 @@ static const luaL_Reg functions[] = {{"await", await},
                                      {"run", run},
                                      {"step", step},
                                      {"waiter", waiter},
+                                     {"watch", watch},
                                      {NULL, NULL}};
 
 static const luaL_Reg waiter_metamethods[] = {
     {"__close", waiter_end}, {"__gc", waiter_end}, {NULL, NULL}};
+
+static const luaL_Reg watch_metamethods[] = {
+    {"__close", watch_collect}, {"__gc", watch_collect}, {NULL, NULL}};
 
 void connection_open(lua_State *L) {
   sessions_open();
@@ -598,5 +632,7 @@ void connection_open(lua_State *L) {
   lua_setfield(L, -2, "__gc");
   luaL_newmetatable(L, WAITER_TYPE);
   luaL_setfuncs(L, waiter_metamethods, 0);
-  lua_pop(L, 3);
+  luaL_newmetatable(L, WATCH_TYPE);
+  luaL_setfuncs(L, watch_metamethods, 0);
+  lua_pop(L, 4);
 }

@@ -265,6 +265,7 @@ struct session {
   struct failure release_failure; /* of a deferred release, for on_lost */
   struct key release_key;
   struct cancel *cancel; /* a cancel request under way */
+  int watch_fd;          /* an epoll instance on the socket, or -1 */
   struct operation op;
   unsigned long operations; /* begun so far: the number of the one under way */
   uint32_t prepared; /* a bit for each statement */
@@ -280,6 +281,9 @@ void session_lose(struct session *s, enum code code, const char *sqlstate, const
 bool session_alive(struct session *s); /* looks at the socket, no round trip */
 bool session_is_foreign(const struct session *s); /* made by a parent process */
 void session_note_transaction(struct session *s);
+/* A file descriptor for the caller, readable while the socket is, and for good once that is closed;
+ * it keeps nothing open, and its number is no other's when the socket's is. -1: none was to be had. */
+int session_watch(struct session *s);
 void session_receive_notice(void *session, const PGresult *notice);
 void sessions_open(void);
 bool is_ready(int fd, short events); /* for poll's events, now */

@@ -10,6 +10,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -62,10 +63,44 @@ static void session_unlink(struct session *s) {
   unlock_sessions();
 }
 
+/* ---- watching -------------------------------------------------------------------------- */
+
+static int always_readable(void) {
+  static int fd = -1;
+  if (fd < 0) fd = eventfd(1, EFD_CLOEXEC | EFD_NONBLOCK);
+  return fd;
+}
+
+static bool watch_add(struct session *s, int fd) {
+  struct epoll_event event = {.events = EPOLLIN};
+  return fd >= 0 && epoll_ctl(s->watch_fd, EPOLL_CTL_ADD, fd, &event) == 0;
+}
+
+static void watch_end(struct session *s) {
+  if (s->watch_fd < 0) return;
+  if (!session_is_foreign(s)) watch_add(s, always_readable()); /* a parent still watches */
+  close(s->watch_fd);
+  s->watch_fd = -1;
+}
+
+int session_watch(struct session *s) {
+  int fd;
+  if (s->pg == NULL || s->watch_fd >= 0 || always_readable() < 0) return -1;
+  s->watch_fd = epoll_create1(EPOLL_CLOEXEC);
+  if (s->watch_fd < 0) return -1;
+  fd = watch_add(s, PQsocket(s->pg)) ? fcntl(s->watch_fd, F_DUPFD_CLOEXEC, 0) : -1;
+  if (fd < 0) {
+    close(s->watch_fd);
+    s->watch_fd = -1;
+  }
+  return fd;
+}
+
 /* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
 void session_disconnect(struct session *s) {
   PGconn *pg = s->pg;
   if (pg == NULL) return;
+  watch_end(s);
   lock_sessions();
   s->pg = NULL;
   unlock_sessions();
@@ -110,6 +145,7 @@ struct session *session_new(void) {
   struct session *s = calloc(1, sizeof *s);
   if (s == NULL) return NULL;
   s->refs = 1;
+  s->watch_fd = -1;
   s->born = fork_generation;
   s->newest = &s->oldest;
   s->buckets = s->first_buckets;

@@ -180,6 +180,7 @@ local function open(keywords, options, time_left)
     deferred = options.release == "deferred" or options.scheduler and options.release == nil,
   })
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
+  if ok and options.scheduler and options.on_lost then scheduled.watch(conn) end
   if ok then return conn end
   conn:close()
   if type(err) ~= "table" then error(err, 0) end -- Ctrl-C

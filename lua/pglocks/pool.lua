@@ -64,6 +64,7 @@ end
 local Opening = {}
 
 function Opening:__close()
+  if not self.pool.openings[self] then return end
   self.pool.openings[self] = nil
   if not self.pool.lent[self.conn] then self.pool:wake_first() end
 end
@@ -71,6 +72,7 @@ end
 local function opened(self, conn)
   self.conn, self.pool.lent[conn] = conn, true
   core.configure(conn, { on_free = function(freed) self.pool:give_back(freed) end })
+  Opening.__close(self)
   return conn
 end
 
@@ -130,7 +132,10 @@ local function queue_up(ticket, deadline)
   end
 end
 
-local function leave(_, conn) return conn end
+local function leave(ticket, conn)
+  Ticket.__close(ticket)
+  return conn
+end
 
 -- A connection that only the caller has; nil when none came free until `deadline`.
 function Pool:take(deadline)
@@ -146,7 +151,13 @@ local Loan = {}
 
 function Loan:__close() self.pool:give_back(self.conn) end
 
-local function pass(_, ...) return ... end
+-- Of a lock that was taken the connection is not free: it stays lent.
+local function end_loan(loan, ...)
+  Loan.__close(loan)
+  return ...
+end
+
+local function through(...) return ... end
 
 -- The options, with what is left of their timeout.
 local function remaining(options, spent)
@@ -169,7 +180,8 @@ local function with_connection(self, method, key, options, on_timeout)
   local conn = self:take(began + patience)
   if conn then
     options = remaining(options, core.now() - began)
-    return run(setmetatable({ pool = self, conn = conn }, Loan), pass, method, conn, key, options)
+    return run(setmetatable({ pool = self, conn = conn }, Loan), end_loan, method, conn, key,
+      options)
   elseif patience == timeout then
     return on_timeout(timeout)
   end
@@ -182,17 +194,17 @@ local function raise_timeout(timeout)
 end
 
 function Pool:lock(key, options)
-  return pass(nil, with_connection(self, core.scheduled.connection.lock, key, options,
+  return through(with_connection(self, core.scheduled.connection.lock, key, options,
     raise_timeout))
 end
 
 function Pool:try_lock(key, options)
-  return pass(nil, with_connection(self, core.scheduled.connection.try_lock, key, options,
+  return through(with_connection(self, core.scheduled.connection.try_lock, key, options,
     function() return nil, "timeout" end))
 end
 
 function Pool:attempt(key, options)
-  return pass(nil, with_connection(self, scheduled.attempt, key, options, raise_timeout))
+  return through(with_connection(self, scheduled.attempt, key, options, raise_timeout))
 end
 
 return { new = new }

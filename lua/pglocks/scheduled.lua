@@ -114,4 +114,30 @@ function scheduled.attempt(conn, ...)
   return pass(nil, core.attempt(conn, ...))
 end
 
+-- ---- watching ---------------------------------------------------------------------------
+
+local BUSY = 0.01 -- seconds until the next look at a connection that is in use
+
+-- Refers to the connection weakly: being watched must not keep it open.
+local function keep_looking(watched, scheduler, descriptor, fd)
+  repeat
+    scheduler.wait(fd, "r")
+    local conn = watched.conn
+    local alive = conn and conn:alive() -- tells on_lost
+    local busy = alive and not core.is_free(conn)
+    conn = nil -- luacheck: ignore 311
+    if busy then scheduler.sleep(BUSY) end
+  until not alive
+  getmetatable(descriptor).__close(descriptor)
+end
+
+--- Has a coroutine of its own look for the loss of a connection, where the scheduler can begin one.
+function scheduled.watch(conn)
+  local scheduler = schedulers[conn]
+  local descriptor, fd = core.watch(conn)
+  if not descriptor or not scheduler.spawn then return end
+  local watched = setmetatable({ conn = conn }, { __mode = "v" })
+  scheduler.spawn(function() keep_looking(watched, scheduler, descriptor, fd) end)
+end
+
 return scheduled

@@ -1,7 +1,8 @@
 -- scope.lua: a function call inside which something is open, and after which it is closed.
 --
 -- run(closable, finish, fn, ...) calls fn(...) and returns finish(closable, <what fn returned>).
--- When either raises, closable's `__close` runs, and the error goes on as it was.
+-- When either raises, closable's `__close` runs, and the error goes on as it was. When neither does,
+-- `finish` has closed it; on Lua 5.4 `__close` is called once more.
 
 local core = require "pglocks.core"
 

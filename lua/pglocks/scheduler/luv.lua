@@ -5,6 +5,12 @@
 --- On the main thread `wait` runs the loop itself, until there is nothing to wait for any more. In
 --- a callback, which no loop can go on beside, it raises: begin a coroutine there.
 
+local co, main = coroutine.running()
+if co and not main and not package.loaded.luv then
+  -- luv calls back on the thread that loaded it, and crashes when that has ended.
+  error("luv must be loaded on the main thread: say require \"luv\" there", 0)
+end
+
 local uv = require "luv"
 local core = require "pglocks.core"
 local run = require "pglocks.scope"
@@ -91,6 +97,12 @@ function scheduler.sleep(seconds)
   local self = new_wait()
   set_timer(self, seconds)
   finish(self)
+end
+
+function scheduler.spawn(fn)
+  local co = coroutine.create(fn)
+  local ok, err = coroutine.resume(co)
+  if not ok then fail(co, err) end
 end
 
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
