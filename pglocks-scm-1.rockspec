@@ -37,6 +37,7 @@ build = {
     ["pglocks.scheduled"] = "lua/pglocks/scheduled.lua",
     ["pglocks.scheduler.cqueues"] = "lua/pglocks/scheduler/cqueues.lua",
     ["pglocks.scheduler.luv"] = "lua/pglocks/scheduler/luv.lua",
+    ["pglocks.scheduler.nginx"] = "lua/pglocks/scheduler/nginx.lua",
     ["pglocks.scope"] = "lua/pglocks/scope.lua",
     ["pglocks.types"] = "lua/pglocks/types.lua",
     ["pglocks.core"] = {

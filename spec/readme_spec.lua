@@ -40,20 +40,7 @@ local function promised(text)
   return lines
 end
 
-local function quote(text) return "'" .. text:gsub("'", [['\'']]) .. "'" end
-
 -- ---- Lua --------------------------------------------------------------------------------
-
--- As a program would find the server: libpq's environment.
-local function environment()
-  local variables = { host = "PGHOST", hostaddr = "PGHOSTADDR", port = "PGPORT", user = "PGUSER",
-    password = "PGPASSWORD" }
-  local words = { "env" }
-  for keyword, value in pairs(core.conninfo(support.conninfo)) do
-    if variables[keyword] then words[#words + 1] = variables[keyword] .. "=" .. quote(value) end
-  end
-  return table.concat(words, " ")
-end
 
 -- What it prints, and its exit status.
 local function run(block)
@@ -61,13 +48,10 @@ local function run(block)
   local file = assert(io.open(path, "w"))
   file:write(("\n"):rep(block.line - 1), block.text) -- an error then names the line of README.md
   file:close()
-  local pipe = assert(io.popen(table.concat({
-    environment(), os.getenv "PGLOCKS_TEST_LUA" or "lua", quote(path), "2>&1; echo $?" }, " ")))
-  local lines = {}
-  for line in pipe:lines() do lines[#lines + 1] = spaced(line) end
-  pipe:close()
+  local lines, status = support.run_program(path)
   os.remove(path)
-  return lines, tonumber(table.remove(lines))
+  for i, line in ipairs(lines) do lines[i] = spaced(line) end
+  return lines, status
 end
 
 describe("README.md's Lua", function()
@@ -191,6 +175,17 @@ describe("README.md", function()
       local option = line:match "^  ([%w_]+) = "
       if option then assert.is_truthy(README:find("\n| `" .. option .. "` |", 1, true), option) end
     end
+  end)
+
+  it("has every function of a scheduler, and no other", function()
+    local known, listed = { "spawn" }, {}
+    local functions = assert(read "lua/pglocks/scheduled.lua":match "\nlocal FUNCTIONS = { (.-) }\n")
+    for name in functions:gmatch '"([a-z]+)"' do known[#known + 1] = name end
+    local rows = assert(README:match "\n| function | |\n[^\n]*\n(.-)\n\n")
+    for name in ("\n" .. rows):gmatch "\n| `([a-z]+)%(" do listed[#listed + 1] = name end
+    table.sort(known)
+    table.sort(listed)
+    assert.same(known, listed)
   end)
 
   it("has every code of an error, and no other", function()

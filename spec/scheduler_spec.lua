@@ -296,7 +296,7 @@ local function under(name, loop)
         return
       end
       assert.equal(2, #pg_locks(conn.backend_pid))
-      co, left = nil, nil -- luacheck: ignore 311
+      co, left = nil, nil -- luacheck: ignore
       collectgarbage()
       collectgarbage()
       wait_until_free(loop)
@@ -334,6 +334,15 @@ local function under(name, loop)
       if loop.forget then loop.forget(thread()) end
       assert.is_false(core.in_transaction(conn))
       assert.same({}, conn:query "SELECT n FROM t")
+    end)
+
+    test("a call that cannot wait where it is costs nothing", function()
+      local conn, err = connect(), nil
+      local lock = conn:lock "x"
+      if not coroutine.isyieldable or name == "own" then return end
+      err = support.raised(table.sort, { 1, 2 }, function() conn:ping() end)
+      assert.is_truthy(tostring(err):find("nothing can wait here", 1, true), tostring(err))
+      assert.is_true(lock:check())
     end)
 
     -- ---- loss -----------------------------------------------------------------------------
@@ -588,7 +597,9 @@ describe("the option scheduler", function()
       err = support.raised(pglocks.setup, { scheduler = scheduler })
       assert.is_truthy(err:find(message, 1, true), err)
     end
-    local err = support.raised(pglocks.connect, { pool_size = 0 })
+    local err = support.raised(pglocks.connect, { pool_size = 2 })
+    assert.is_truthy(err:find("option 'pool_size' is one of setup's databases", 1, true), err)
+    err = support.raised(pglocks.connect, { pool_size = 0 })
     assert.is_truthy(err:find("option 'pool_size' must be an integer, at least 1", 1, true))
   end)
 

@@ -123,6 +123,30 @@ function support.signal(name, pid)
   assert(result == true or result == 0, "kill failed")
 end
 
+local function quote(text) return "'" .. tostring(text):gsub("'", [['\'']]) .. "'" end
+
+-- As a program would find the server: libpq's environment.
+local function environment()
+  local variables = { host = "PGHOST", hostaddr = "PGHOSTADDR", port = "PGPORT", user = "PGUSER",
+    password = "PGPASSWORD", dbname = "PGDATABASE" }
+  local words = { "env" }
+  for keyword, value in pairs(support.core.conninfo(support.conninfo)) do
+    if variables[keyword] then words[#words + 1] = variables[keyword] .. "=" .. quote(value) end
+  end
+  return table.concat(words, " ")
+end
+
+--- Runs a program of a user's, a Lua file, with this runtime: the lines that it prints, stderr
+--- included, and its exit status.
+function support.run_program(path)
+  local pipe = assert(io.popen(table.concat({
+    environment(), os.getenv "PGLOCKS_TEST_LUA" or "lua", quote(path), "2>&1; echo $?" }, " ")))
+  local lines = {}
+  for line in pipe:lines() do lines[#lines + 1] = line end
+  pipe:close()
+  return lines, tonumber(table.remove(lines))
+end
+
 --- Starts `script` (Lua source; `...` are the arguments, strings) in another process with this
 --- runtime. The result has `pid`, `lines` (an iterator over what it prints, stderr included) and
 --- `close()`, which waits for its end.
@@ -132,9 +156,7 @@ function support.spawn(script, ...)
   file:write(script)
   file:close()
   local command = { "echo $$; exec", os.getenv "PGLOCKS_TEST_LUA" or "lua", path }
-  for i = 1, select("#", ...) do
-    command[#command + 1] = "'" .. tostring((select(i, ...))):gsub("'", [['\'']]) .. "'"
-  end
+  for i = 1, select("#", ...) do command[#command + 1] = quote((select(i, ...))) end
   local pipe = assert(io.popen(table.concat(command, " ") .. " 2>&1"))
   local process = { pid = assert(tonumber(pipe:read "*l")), lines = pipe:lines() }
   function process.close()

@@ -123,6 +123,19 @@ describe("the description of a connection in types.lua", function()
   end)
 end)
 
+describe("a scheduler in types.lua", function()
+  it("has the functions that scheduled.lua demands, and an optional spawn", function()
+    local demanded, listed = { "spawn?" }, {}
+    local registered = assert(read "lua/pglocks/scheduled.lua":match "\nlocal FUNCTIONS = { (.-) }\n")
+    for name in registered:gmatch '"([a-z]+)"' do demanded[#demanded + 1] = name end
+    local class = assert(read(TYPES):match "@class pglocks.scheduler\n(.-)\n\n")
+    for name in class:gmatch "%-%-%-@field ([%w_]+%??) fun%(" do listed[#listed + 1] = name end
+    table.sort(demanded)
+    table.sort(listed)
+    assert.same(demanded, listed)
+  end)
+end)
+
 describe("init.lua", function()
   local INIT = "lua/pglocks/init.lua"
   local comments = {}

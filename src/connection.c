@@ -1,7 +1,13 @@
 /* connection.c: the connection userdata: opening it, driving its operations, closing it. */
 #include "pglocks.h"
 
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #define CONNINFO_TYPE "pglocks conninfo"
@@ -108,6 +114,39 @@ void connection_tell_free(lua_State *L, int index) {
     lua_pop(L, 2);
 }
 
+/* ---- the pump -------------------------------------------------------------------------- */
+
+/* take(conn): what libpq wants to send, at most 16 KiB of it; nil: nothing now. */
+static int take(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  char bytes[16384];
+  ssize_t n = s->pump_fd >= 0 ? read(s->pump_fd, bytes, sizeof bytes) : 0;
+  if (n <= 0) return 0;
+  lua_pushlstring(L, bytes, (size_t)n);
+  return 1;
+}
+
+/* give(conn, bytes): the number of them that libpq has room for; step(conn) makes more.
+ * give(conn): there will be no more. */
+static int give(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  size_t length;
+  const char *bytes = luaL_optlstring(L, 2, NULL, &length);
+  ssize_t n = 0;
+  if (s->pump_fd >= 0 && bytes == NULL)
+    shutdown(s->pump_fd, SHUT_RDWR);
+  else if (s->pump_fd >= 0)
+    n = send(s->pump_fd, bytes, length, MSG_NOSIGNAL);
+  lua_pushinteger(L, n > 0 ? n : 0);
+  return 1;
+}
+
+/* awaits(conn): is an answer of the server still to come? */
+static int awaits(lua_State *L) {
+  lua_pushboolean(L, connection_check(L, 1)->oldest != NULL);
+  return 1;
+}
+
 /* ---- waiters --------------------------------------------------------------------------- */
 
 /* Stands for the coroutine that drives an operation. When it is closed or collected before the
@@ -178,7 +217,8 @@ static int watch_collect(lua_State *L) {
 
 /* ---- connecting ------------------------------------------------------------------------ */
 
-/* libpq's text of a failed attempt: the SQLSTATE taken out, one line, without hints. */
+/* libpq's text of a failed attempt: the SQLSTATE taken out, one line, without hints; and without
+ * the address where that is not the server's. */
 static void connecting_failed(struct session *s) {
   char text[MESSAGE_SIZE], sqlstate[SQLSTATE_SIZE] = "", *line = text, *to;
   const char *password = PQpass(s->pg);
@@ -211,10 +251,11 @@ static void connecting_failed(struct session *s) {
       *to = '*';
       memmove(to + 1, to + length, strlen(to + length) + 1);
     }
+  line = s->pump_fd >= 0 ? strstr(text, "failed: ") : NULL;
   session_disconnect(s);
   s->state = SESSION_CLOSED;
   operation_done(s, strcmp(sqlstate, "53300") == 0 ? TOO_MANY_CONNECTIONS : CONNECT, sqlstate,
-                 "%s", text);
+                 "%s", line != NULL ? line + strlen("failed: ") : text);
 }
 
 static void connecting_advance(struct session *s) {
@@ -254,24 +295,42 @@ static int connecting_finish(lua_State *L, struct session *s) {
 static const struct operation_kind connecting = {"connect", true, connecting_advance,
                                                  connecting_finish};
 
-/* start.connect(keywords, seconds [, on_lost]): a connection whose opening has begun. */
+/* A TCP port of this machine for libpq to connect to, before its socket is replaced. */
+static int listen_somewhere(char port[8]) {
+  struct sockaddr_in address = {.sin_family = AF_INET};
+  socklen_t length = sizeof address;
+  int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (fd < 0) return -1;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  if (bind(fd, (struct sockaddr *)&address, sizeof address) != 0 || listen(fd, 1) != 0 ||
+      getsockname(fd, (struct sockaddr *)&address, &length) != 0) {
+    close(fd);
+    return -1;
+  }
+  snprintf(port, 8, "%u", ntohs(address.sin_port));
+  return fd;
+}
+
+/* start.connect(keywords, seconds [, on_lost [, pumped]]): a connection whose opening has begun.
+ * pumped: the caller carries the bytes between libpq and the server, with take and give. */
 static int start_connect(lua_State *L) {
   enum { MAX_KEYWORDS = 64 };
   const char *keywords[MAX_KEYWORDS + 1], *values[MAX_KEYWORDS + 1];
   struct connection *c;
   struct session *s;
   double seconds = luaL_checknumber(L, 2);
-  int n = 0;
+  int n = 0, listener = -1;
+  bool pumped = lua_toboolean(L, 4);
+  char port[8];
   luaL_checktype(L, 1, LUA_TTABLE);
   lua_settop(L, 3);
   for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) {
-    if (n == MAX_KEYWORDS) return luaL_error(L, "too many connection keywords");
+    if (n == MAX_KEYWORDS - 2) return luaL_error(L, "too many connection keywords");
     if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
       return luaL_error(L, "connection keywords and values must be strings");
     keywords[n] = lua_tostring(L, -2);
     values[n++] = lua_tostring(L, -1);
   }
-  keywords[n] = values[n] = NULL;
 
   c = new_userdata(L, sizeof *c); /* closed, and only then opened */
   c->magic = MAGIC;
@@ -301,12 +360,22 @@ static int start_connect(lua_State *L) {
   operation_begin(s, &connecting, monotonic_now() + seconds);
   s->state = SESSION_CONNECTING;
   s->op.state = PGRES_POLLING_WRITING;
-  s->pg = PQconnectStartParams(keywords, values, 0);
-  if (s->pg == NULL) {
+  if (pumped && (listener = listen_somewhere(port)) >= 0) {
+    keywords[n] = "hostaddr";
+    values[n++] = "127.0.0.1";
+    keywords[n] = "port";
+    values[n++] = port;
+  }
+  keywords[n] = values[n] = NULL;
+  s->pg = pumped && listener < 0 ? NULL : PQconnectStartParams(keywords, values, 0);
+  if (s->pg == NULL || (pumped && PQsocket(s->pg) >= 0 && !session_pump(s))) {
+    if (listener >= 0) close(listener);
+    session_disconnect(s);
     s->state = SESSION_CLOSED;
-    operation_done(s, CONNECT, "", "out of memory");
+    operation_done(s, CONNECT, "", "out of memory or of file descriptors");
     return 1;
   }
+  if (listener >= 0) close(listener);
   PQsetNoticeReceiver(s->pg, session_receive_notice, s);
   PQsetErrorVerbosity(s->pg, PQERRORS_VERBOSE); /* for the SQLSTATE of a refusal */
   if (PQstatus(s->pg) == CONNECTION_BAD) connecting_failed(s);
@@ -488,8 +557,7 @@ static int connection_cancel(lua_State *L) {
   return 1;
 }
 
-/* configure(conn, { reply_timeout =, deferred =, scheduled =, no_cancel =, pooled =, backend_pid =,
- * on_free = }) */
+/* configure(conn, { reply_timeout =, deferred =, scheduled =, pooled =, backend_pid =, on_free = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
@@ -498,8 +566,6 @@ static int configure(lua_State *L) {
   if (!lua_isnil(L, -1)) s->deferred = lua_toboolean(L, -1);
   lua_getfield(L, 2, "scheduled");
   if (!lua_isnil(L, -1)) s->scheduled = lua_toboolean(L, -1);
-  lua_getfield(L, 2, "no_cancel");
-  if (!lua_isnil(L, -1)) s->no_cancel = lua_toboolean(L, -1);
   lua_getfield(L, 2, "on_free");
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_FREE);
   lua_getfield(L, 2, "pooled");
@@ -512,6 +578,45 @@ static int configure(lua_State *L) {
 /* in_transaction(conn): is one open, as the server last said? */
 static int in_transaction(lua_State *L) {
   lua_pushboolean(L, connection_check(L, 1)->in_transaction);
+  return 1;
+}
+
+/* default_host(): where libpq connects to without a host: a folder of Unix sockets. */
+static int default_host(lua_State *L) {
+  static const char *const keywords[] = {"port", NULL}, *const values[] = {"1", NULL};
+  PGconn *pg = PQconnectStartParams(keywords, values, 0);
+  const char *host = pg != NULL ? PQhost(pg) : NULL;
+  char copy[256];
+  snprintf(copy, sizeof copy, "%s", host != NULL && *host != '\0' ? host : "/tmp");
+  PQfinish(pg);
+  lua_pushstring(L, copy);
+  return 1;
+}
+
+/* keep_alive(fd, keywords): sets on a socket that libpq does not see what libpq would set. */
+static int keep_alive(lua_State *L) {
+  static const struct {
+    const char *keyword;
+    int level, option;
+  } settings[] = {{"keepalives", SOL_SOCKET, SO_KEEPALIVE},
+                  {"keepalives_idle", IPPROTO_TCP, TCP_KEEPIDLE},
+                  {"keepalives_interval", IPPROTO_TCP, TCP_KEEPINTVL},
+                  {"keepalives_count", IPPROTO_TCP, TCP_KEEPCNT},
+                  {"tcp_user_timeout", IPPROTO_TCP, TCP_USER_TIMEOUT}};
+  int fd = (int)luaL_checkinteger(L, 1);
+  for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
+    int value;
+    lua_getfield(L, 2, settings[i].keyword);
+    value = lua_isstring(L, -1) ? atoi(lua_tostring(L, -1)) : 0;
+    lua_pop(L, 1);
+    if (value > 0) setsockopt(fd, settings[i].level, settings[i].option, &value, sizeof value);
+  }
+  return 0;
+}
+
+/* is_idle(conn): no operation is under way. */
+static int is_idle(lua_State *L) {
+  lua_pushboolean(L, connection_check(L, 1)->op.kind == NULL);
   return 1;
 }
 
@@ -594,14 +699,20 @@ static const luaL_Reg starters[] = {
     {"connect", start_connect}, {"close", start_close}, {NULL, NULL}};
 
 static const luaL_Reg functions[] = {{"await", await},
+                                     {"awaits", awaits},
                                      {"configure", configure},
                                      {"conninfo", conninfo},
+                                     {"default_host", default_host},
                                      {"finish", finish},
+                                     {"give", give},
                                      {"in_transaction", in_transaction},
                                      {"is_free", is_free},
+                                     {"is_idle", is_idle},
+                                     {"keep_alive", keep_alive},
                                      {"rollback", rollback},
                                      {"run", run},
                                      {"step", step},
+                                     {"take", take},
                                      {"waiter", waiter},
                                      {"watch", watch},
                                      {NULL, NULL}};

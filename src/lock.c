@@ -802,8 +802,17 @@ static const luaL_Reg starters[] = {{"attempt", start_attempt},   {"check", star
                                     {"lock", start_lock},         {"release", start_release},
                                     {"try_lock", start_try_lock}, {NULL, NULL}};
 
-static const luaL_Reg functions[] = {
-    {"attempt", attempt}, {"check", check_arguments}, {NULL, NULL}};
+/* connection_of(lock) */
+static int connection_of(lua_State *L) {
+  connection_insert(L, lock_check(L));
+  lua_settop(L, 1);
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"attempt", attempt},
+                                     {"check", check_arguments},
+                                     {"connection_of", connection_of},
+                                     {NULL, NULL}};
 
 void lock_open(lua_State *L) {
   luaL_setfuncs(L, functions, 0);

@@ -69,7 +69,8 @@ void operation_interrupt(struct session *s) {
     s->state = SESSION_CLOSED;
     operation_done(s, INTERRUPTED, "", "connecting was interrupted");
   } else if (s->cancel == NULL && !cancel_begin(s)) /* else one is under way already */
-    session_lose(s, UNKNOWN, "", "interrupted, and no cancel request could be made");
+    session_lose(s, s->pump_fd >= 0 ? INTERRUPTED : UNKNOWN, "",
+                 "interrupted; without a cancel request, the connection was closed for it");
 }
 
 /* The deadline has passed without an answer. Whether the server did what it was asked cannot be

@@ -253,7 +253,6 @@ struct session {
   bool in_transaction, transaction_failed; /* after the last command that could change it */
   bool deferred;  /* releases are sent and their answers collected later */
   bool scheduled; /* a scheduler waits for it: nothing here blocks */
-  bool no_cancel; /* libpq does not know the server's address */
   bool pooled;
   int backend_pid, server_version;
   double reply_timeout; /* seconds */
@@ -266,6 +265,8 @@ struct session {
   struct key release_key;
   struct cancel *cancel; /* a cancel request under way */
   int watch_fd;          /* an epoll instance on the socket, or -1 */
+  int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
+                * not know the server's address then, and cannot send it a cancel request */
   struct operation op;
   unsigned long operations; /* begun so far: the number of the one under way */
   uint32_t prepared; /* a bit for each statement */
@@ -287,6 +288,8 @@ int session_watch(struct session *s);
 void session_receive_notice(void *session, const PGresult *notice);
 void sessions_open(void);
 bool is_ready(int fd, short events); /* for poll's events, now */
+/* Puts one end of a socketpair in the place of the socket that libpq has just opened. */
+bool session_pump(struct session *s);
 
 /* Nothing may be sent while s->cancel is not NULL; cancel_look sees whether it has finished. */
 bool cancel_begin(struct session *s);

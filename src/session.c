@@ -39,6 +39,8 @@ static void child_lets_go(void) {
       dup3(null, PQsocket(s->pg), O_CLOEXEC);
     else
       close(PQsocket(s->pg));
+  for (struct session *s = sessions; s != NULL; s = s->next)
+    if (s->pump_fd >= 0 && null >= 0) dup3(null, s->pump_fd, O_CLOEXEC);
   if (null >= 0) close(null);
   unlock_sessions();
 }
@@ -105,7 +107,21 @@ void session_disconnect(struct session *s) {
   s->pg = NULL;
   unlock_sessions();
   PQfinish(pg);
+  if (s->pump_fd >= 0) close(s->pump_fd);
+  s->pump_fd = -1;
   s->in_transaction = s->transaction_failed = false;
+}
+
+bool session_pump(struct session *s) {
+  int pair[2];
+  if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, pair) != 0) return false;
+  s->pump_fd = pair[1];
+  if (dup3(pair[0], PQsocket(s->pg), O_CLOEXEC) < 0) {
+    close(pair[0]);
+    return false;
+  }
+  close(pair[0]);
+  return true;
 }
 
 void session_close(struct session *s) {
@@ -145,7 +161,7 @@ struct session *session_new(void) {
   struct session *s = calloc(1, sizeof *s);
   if (s == NULL) return NULL;
   s->refs = 1;
-  s->watch_fd = -1;
+  s->watch_fd = s->pump_fd = -1;
   s->born = fork_generation;
   s->newest = &s->oldest;
   s->buckets = s->first_buckets;
@@ -245,7 +261,7 @@ static void pin_library(void) {
 }
 
 bool cancel_begin(struct session *s) {
-  struct cancel *cancel = s->no_cancel ? NULL : calloc(1, sizeof *cancel);
+  struct cancel *cancel = s->pump_fd >= 0 ? NULL : calloc(1, sizeof *cancel);
   sigset_t all, before;
   pthread_attr_t detached;
   pthread_t thread;

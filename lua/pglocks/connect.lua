@@ -170,17 +170,22 @@ local function handshake(conn, options, time_left)
 end
 
 local function open(keywords, options, time_left)
-  local conn = core.start.connect(keywords, time_left, options.on_lost)
+  local scheduler = options.scheduler
   local began = core.now()
-  if options.scheduler then scheduled.adopt(conn, options.scheduler) end
+  local begin = scheduler and scheduler.connect or core.start.connect
+  local conn, where = begin(keywords, time_left, options.on_lost)
+  if not conn then return nil, select(2, pcall(core.raise, "connect", where)) end
+  if scheduler then scheduled.adopt(conn, scheduler) end
   local ok, err = scheduled.run(conn)
-  if not ok then return nil, err end
+  if not ok then
+    err.message = (where or "") .. err.message
+    return nil, err
+  end
   core.configure(conn, {
     reply_timeout = options.reply_timeout,
-    deferred = options.release == "deferred" or options.scheduler and options.release == nil,
+    deferred = options.release == "deferred" or scheduler and options.release == nil,
   })
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
-  if ok and options.scheduler and options.on_lost then scheduled.watch(conn) end
   if ok then return conn end
   conn:close()
   if type(err) ~= "table" then error(err, 0) end -- Ctrl-C

@@ -123,7 +123,10 @@ local default_scheduler = scheduled.default()
 function pglocks.connect(described)
   local keywords, options = opening.describe(described, default_scheduler)
   if not keywords then core.raise_argument(1, options) end
-  return opening.connect(keywords, options)
+  if options.pool_size then core.raise_argument(1, "option 'pool_size' is one of setup's databases") end
+  local conn = opening.connect(keywords, options)
+  if options.on_lost then scheduled.watch(conn) end
+  return conn
 end
 
 local databases = {} -- by name: { keywords, options }

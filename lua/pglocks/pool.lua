@@ -17,6 +17,13 @@ local LONGEST_OPENING = 60 -- seconds; of a coroutine that ended meanwhile nothi
 -- the one before it have ended.
 local FIRST_LOOKS, OTHERS_LOOK = 0.05, 1
 
+local REPLY_TIMEOUT = 10
+
+-- The states of a connection that is not free.
+local LENT, RETURNING = "lent", "returning"
+
+local DEFERRED, CONFIRMED = { deferred = true }, { deferred = false }
+
 local Pool = {}
 Pool.__index = Pool
 
@@ -25,15 +32,23 @@ Pool.__index = Pool
 ---@param options table
 ---@param scheduler pglocks.scheduler
 local function new(keywords, options, scheduler)
-  return setmetatable({
+  local pool = setmetatable({
     keywords = keywords,
     options = options,
     scheduler = scheduler,
     free = {}, -- a stack
-    lent = {}, -- by connection
+    lent = {}, -- the state by connection
     openings = {}, -- of each its latest end
     queue = {}, -- tickets of the coroutines that wait for a connection
   }, Pool)
+  function pool.on_free(conn) pool:give_back(conn) end
+  function pool.on_returned(conn) pool:returned(conn) end
+  if scheduler.can_collect and options.release ~= "confirmed" then
+    function pool.before_release(conn)
+      core.configure(conn, scheduler.can_collect() and DEFERRED or CONFIRMED)
+    end
+  end
+  return pool
 end
 
 -- As the connection that a plain program has in this place: a pool is never lost.
@@ -47,11 +62,31 @@ function Pool:wake_first()
   if queue[1] then self.scheduler.wake(queue[1].token) end
 end
 
-function Pool:give_back(conn)
-  if not self.lent[conn] or not (core.is_free(conn) or not conn:alive()) then return end
+-- Without waiting, because this may be called at the end of a scope.
+function Pool:is_alive(conn)
+  local is_gone = self.scheduler.is_gone
+  return core.connection.alive(conn) and not (is_gone and is_gone(conn))
+end
+
+function Pool:returned(conn)
   self.lent[conn] = nil
-  if conn:alive() then self.free[#self.free + 1] = conn end
+  if self:is_alive(conn) then self.free[#self.free + 1] = conn end
   self:wake_first()
+end
+
+function Pool:give_back(conn)
+  if self.lent[conn] ~= LENT then return end
+  local detach = self.scheduler.detach
+  if not self:is_alive(conn) then
+    self:returned(conn)
+  elseif core.is_free(conn) then
+    self.lent[conn] = RETURNING
+    if detach then
+      detach(conn, self.options.reply_timeout or REPLY_TIMEOUT, self.on_returned)
+    else
+      self:returned(conn)
+    end
+  end
 end
 
 function Pool:reclaim()
@@ -70,8 +105,10 @@ function Opening:__close()
 end
 
 local function opened(self, conn)
-  self.conn, self.pool.lent[conn] = conn, true
-  core.configure(conn, { on_free = function(freed) self.pool:give_back(freed) end })
+  local pool = self.pool
+  self.conn, pool.lent[conn] = conn, LENT
+  core.configure(conn, { on_free = pool.on_free })
+  scheduled.before_release[conn] = pool.before_release
   Opening.__close(self)
   return conn
 end
@@ -92,9 +129,14 @@ end
 function Pool:find()
   while #self.free > 0 do
     local conn = table.remove(self.free)
-    if conn:alive() then
-      self.lent[conn] = true
-      return conn
+    local attach = self.scheduler.attach
+    if self:is_alive(conn) then
+      self.lent[conn] = RETURNING
+      if not attach or attach(conn) then
+        self.lent[conn] = LENT
+        return conn
+      end
+      self.lent[conn] = nil
     end
   end
   if count(self.lent) + count(self.openings) < (self.options.pool_size or SIZE) then

@@ -10,12 +10,14 @@ local scheduled = {}
 
 -- ---- which scheduler --------------------------------------------------------------------
 
-local SHIPPED = { cqueues = true, luv = true }
+local SHIPPED = { cqueues = true, luv = true, nginx = true }
 local FUNCTIONS = { "wait", "sleep", "now", "park", "wake", "token" }
 
 --- The scheduler of connections that do not name one; false: they block.
 ---@return pglocks.scheduler|false
-function scheduled.default() return false end
+function scheduled.default()
+  return _G.ngx ~= nil and require "pglocks.scheduler.nginx"
+end
 
 --- What the option `scheduler` names; false: to block.
 ---@param named string|pglocks.scheduler
@@ -28,7 +30,7 @@ function scheduled.choose(named)
     if ok then return scheduler end
     return false, ("'%s' cannot be loaded: %s"):format(named, tostring(scheduler):match "[^\n]*")
   elseif type(named) ~= "table" then
-    return false, ([["cqueues", "luv", "blocking" or a table expected, got %s]]):format(
+    return false, ([["cqueues", "luv", "nginx", "blocking" or a table expected, got %s]]):format(
       type(named) == "string" and ("%q"):format(named) or type(named))
   end
   for _, name in ipairs(FUNCTIONS) do
@@ -44,37 +46,46 @@ local schedulers = setmetatable({}, { __mode = "k" }) -- by connection
 --- From now on `scheduler` waits for the connection.
 function scheduled.adopt(conn, scheduler)
   schedulers[conn] = scheduler
-  core.configure(conn, { scheduled = true, no_cancel = scheduler.no_cancel })
+  core.configure(conn, { scheduled = true })
 end
 
 --- The scheduler of a connection, or nil.
 function scheduled.of(conn) return schedulers[conn] end
 
+-- By connection, what to call before a release: of a pool, which then decides whether to wait for
+-- the answer.
+local before_release = setmetatable({}, { __mode = "k" })
+scheduled.before_release = before_release
+
 local step, finish, await, new_waiter = core.step, core.finish, core.await, core.waiter
 
 local function drive(waiter, conn)
-  local wait = schedulers[conn].wait
+  local scheduler = schedulers[conn]
+  local wait, flush = scheduler.wait, scheduler.flush
   await(waiter, conn)
   local events, fd, seconds = step(conn)
   while events do
-    wait(fd, events, seconds < math.huge and seconds or nil)
+    wait(fd, events, seconds < math.huge and seconds or nil, conn)
     events, fd, seconds = step(conn)
   end
+  if flush then flush(conn) end
   return finish(conn)
 end
 
--- `begin` returns the connection where it was called on a lock.
-local function begin_and_drive(waiter, begin, subject, ...)
-  return drive(waiter, begin(subject, ...) or subject)
+local function begin_and_drive(waiter, conn, begin, ...)
+  local enter = schedulers[conn].enter
+  if enter then enter(conn) end
+  begin(...)
+  return drive(waiter, conn)
 end
 
 local function pass(_, ...) return ... end
 
 -- When the coroutine ends inside, the waiter closes the connection: nobody else would ever drive
 -- the operation to its end.
-local function call(begin, ...)
+local function call(conn, begin, ...)
   local waiter = new_waiter()
-  return run(waiter, pass, begin_and_drive, waiter, begin, ...)
+  return run(waiter, pass, begin_and_drive, waiter, conn, begin, ...)
 end
 
 --- Drives what was begun on a connection, with and without a scheduler.
@@ -89,28 +100,52 @@ end
 
 for _, method in ipairs { "lock", "try_lock", "ping", "close" } do
   local begin = core.start[method]
-  core.scheduled.connection[method] = function(...) return pass(nil, call(begin, ...)) end
-end
-
-for _, method in ipairs { "release", "check" } do
-  local begin = core.start[method]
-  core.scheduled.lock[method] = function(...) return pass(nil, call(begin, ...)) end
+  core.scheduled.connection[method] = function(conn, ...)
+    return pass(nil, call(conn, begin, conn, ...))
+  end
 end
 
 -- The rows alone.
-function core.scheduled.connection.query(...)
-  local rows = call(core.start.query, ...)
+function core.scheduled.connection.query(conn, ...)
+  local rows = call(conn, core.start.query, conn, ...)
   return rows
+end
+
+function core.scheduled.lock.check(lock, ...)
+  return pass(nil, call(core.connection_of(lock), core.start.check, lock, ...))
+end
+
+function core.scheduled.lock.release(lock)
+  local conn = core.connection_of(lock)
+  local prepare = before_release[conn]
+  if prepare then prepare(conn) end
+  return pass(nil, call(conn, core.start.release, lock))
+end
+
+-- Lets the scheduler look at the network, where that is not the core's to see.
+local function look(conn)
+  local see = schedulers[conn].look
+  if see then see(conn) end
+end
+
+function core.scheduled.connection.alive(conn)
+  look(conn)
+  return core.connection.alive(conn)
+end
+
+function core.scheduled.lock.held(lock)
+  look(core.connection_of(lock))
+  return core.lock.held(lock)
 end
 
 --- core.execute and core.attempt, for connections with and without a scheduler.
 function scheduled.execute(conn, ...)
-  if schedulers[conn] then return call(core.start.execute, conn, ...) end
+  if schedulers[conn] then return call(conn, core.start.execute, conn, ...) end
   return core.execute(conn, ...)
 end
 
 function scheduled.attempt(conn, ...)
-  if schedulers[conn] then return pass(nil, call(core.start.attempt, conn, ...)) end
+  if schedulers[conn] then return pass(nil, call(conn, core.start.attempt, conn, ...)) end
   return pass(nil, core.attempt(conn, ...))
 end
 
@@ -124,7 +159,7 @@ local function keep_looking(watched, scheduler, descriptor, fd)
     scheduler.wait(fd, "r")
     local conn = watched.conn
     local alive = conn and conn:alive() -- tells on_lost
-    local busy = alive and not core.is_free(conn)
+    local busy = alive and not core.is_idle(conn)
     conn = nil -- luacheck: ignore 311
     if busy then scheduler.sleep(BUSY) end
   until not alive
@@ -134,8 +169,9 @@ end
 --- Has a coroutine of its own look for the loss of a connection, where the scheduler can begin one.
 function scheduled.watch(conn)
   local scheduler = schedulers[conn]
+  if not scheduler or not scheduler.spawn then return end
   local descriptor, fd = core.watch(conn)
-  if not descriptor or not scheduler.spawn then return end
+  if not descriptor then return end
   local watched = setmetatable({ conn = conn }, { __mode = "v" })
   scheduler.spawn(function() keep_looking(watched, scheduler, descriptor, fd) end)
 end

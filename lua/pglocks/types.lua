@@ -19,7 +19,7 @@
 ---| "server"               # any other error of the server
 ---| "standby"              # a hot standby answered
 ---| "timeout"              # the lock was not to be had in time
----| "too_many_connections" # the server has no connection left
+---| "too_many_connections" # the server has no connection left, or the pool
 ---| "too_many_locks"       # the server's lock table is full
 ---| "unknown"              # no answer: the outcome is undecided, the connection closed
 
@@ -59,6 +59,7 @@
 
 ---@class pglocks.settings: pglocks.hashing
 ---@field databases? table<string, string|pglocks.description>
+---@field scheduler? pglocks.waits  of every connection that does not name its own
 
 ---@class pglocks.held
 ---@field key pglocks.key
@@ -77,11 +78,34 @@
 ---@field conninfo? string
 ---@field timeout? number  seconds for connecting, over all hosts; each has `connect_timeout`, or 5
 ---@field reply_timeout? number  seconds for answers that need no waiting (10)
----@field on_lost? pglocks.on_lost  called once, in the next call on a connection that was lost
----@field release? "confirmed"|"deferred"  "deferred": the end of a lock is sent, not waited for
+---@field on_lost? pglocks.on_lost  called once when the session was lost: in the next call, or
+--- without one where the scheduler has `spawn`
+---@field release? "confirmed"|"deferred"  "deferred": the end of a lock is sent, not waited for; the
+--- default with a scheduler
+---@field scheduler? pglocks.waits  who waits for the connection; without it that of `setup`
+---@field pool_size? integer  connections at most for module-level locks under a scheduler (10)
 ---@field allow_standby? boolean
 ---@field pooled? "session"  take a connection pooler's word that it pools sessions only
 ---@field [string] string|number  libpq's keywords
+
+-- ---- schedulers -------------------------------------------------------------------------
+
+--- "blocking" stops the whole process; all others wait in the calling coroutine.
+---@alias pglocks.waits "cqueues"|"luv"|"nginx"|"blocking"|pglocks.scheduler
+
+--- An event loop, as pglocks sees it. All functions but `now`, `token`, `wake` and `spawn` may
+--- suspend the calling coroutine.
+---@class pglocks.scheduler
+---@field wait fun(fd: integer, events: "r"|"w"|"rw", seconds?: number)  returns when the descriptor is
+--- ready or the time is over. Nothing of it may stay registered then: it may be closed next
+---@field sleep fun(seconds: number)
+---@field now fun(): number  seconds of a clock that only goes forward
+---@field token fun(): any  stands for the calling coroutine's next `park`
+---@field park fun(seconds?: number): boolean?  true: woken; anything else: the time is over
+---@field wake fun(token: any)  from anywhere, before or after the `park`; never runs the coroutine
+--- itself before it returns, and does nothing when it comes too late or twice
+---@field spawn? fun(fn: function)  runs `fn` in a new coroutine; without it on_lost is told in the
+--- next call only
 
 -- ---- connections ------------------------------------------------------------------------
 
@@ -178,7 +202,8 @@ function connection:alive() end
 ---@return true
 function connection:ping(timeout) end
 
---- Ends the wait that another coroutine is in on this connection; that call raises interrupted.
+--- Ends the wait that another coroutine is in on this connection, under a scheduler; that call
+--- raises interrupted, and the connection stays usable. Never raises.
 ---
 ---     conn:cancel()
 ---@return boolean waiting  false: there was none
@@ -201,7 +226,8 @@ function connection:close() end
 ---@field waited? number  seconds
 local lock = {}
 
---- Lets go. With `release = "deferred"`, true means that the request was sent.
+--- Lets go. With `release = "deferred"`, the default with a scheduler, true means that the request
+--- was sent.
 --- Raises lost, not_held if the server no longer knew the lock, unknown, busy_connection, forked.
 ---
 ---     lock:release()
@@ -227,11 +253,32 @@ function lock:check(timeout) end
 
 -- ---- pglocks.core -----------------------------------------------------------------------
 
+---@class pglocks.configured
+---@field reply_timeout? number  seconds
+---@field deferred? boolean  releases are sent, and their answers read later
+---@field scheduled? boolean  the methods are those of `core.scheduled`; the end of a scope only sends
+---@field pooled? boolean
+---@field backend_pid? integer  of the server process behind a pooler
+---@field on_free? fun(conn: pglocks.connection)  called when a lock has been let go
+
+--- Methods that replace the blocking ones on a connection with `scheduled`. Filled by scheduled.lua.
+---@class pglocks.scheduled
+---@field connection table<string, function>
+---@field lock table<string, function>
+
+--- What a coroutine holds while it drives an operation. Closed, or collected, before the operation
+--- has come to its end, it takes the connection with it.
+---@class pglocks.waiter
+
+--- Keeps a file descriptor open until it is closed or collected.
+---@class pglocks.watch
+
 --- Internal to pglocks: it may change in any version.
 ---@class pglocks.core
 ---@field connection pglocks.connection  the methods of connections
 ---@field lock pglocks.lock  the methods of locks
 ---@field start pglocks.start
+---@field scheduled pglocks.scheduled
 local core = {}
 
 --- Seconds of a clock that only goes forward. Never raises.
@@ -278,13 +325,33 @@ function core.check(key, options) end
 
 --- Sets what only pglocks' own files set on a connection.
 ---@param conn pglocks.connection
----@param settings { reply_timeout?: number, deferred?: boolean, pooled?: boolean, backend_pid?: integer }
+---@param settings pglocks.configured
 function core.configure(conn, settings) end
 
 --- Is a transaction open, as the server last said?
 ---@param conn pglocks.connection
 ---@return boolean
 function core.in_transaction(conn) end
+
+--- Is nothing held, waited for or open on a connection?
+---@param conn pglocks.connection
+---@return boolean
+function core.is_free(conn) end
+
+--- Is no operation under way on a connection?
+---@param conn pglocks.connection
+---@return boolean
+function core.is_idle(conn) end
+
+--- Ends the transaction, if one is open, without waiting for the answer. A connection on which an
+--- operation is under way is closed instead.
+---@param conn pglocks.connection
+function core.rollback(conn) end
+
+--- The connection that a lock was taken on.
+---@param lock pglocks.lock
+---@return pglocks.connection
+function core.connection_of(lock) end
 
 --- As `connection:query`, with a time limit, and the command tag. Raises the same, and unknown.
 ---@param conn pglocks.connection
@@ -318,6 +385,47 @@ function core.step(conn) end
 ---@return any ...
 function core.finish(conn) end
 
+--- Made before an operation is begun, so that nothing can go wrong between its begin and `await`.
+---@return pglocks.waiter
+function core.waiter() end
+
+--- Makes the operation under way on a connection the waiter's. A waiter is used once.
+---@param waiter pglocks.waiter
+---@param conn pglocks.connection
+function core.await(waiter, conn) end
+
+--- For a coroutine that looks for the loss of a connection.
+---@param conn pglocks.connection
+---@return pglocks.watch|nil descriptor  nil: there is none to be had
+---@return integer|nil fd  readable whenever `connection:alive` has something to look at, and for good
+--- once the connection is closed
+function core.watch(conn) end
+
+--- Where libpq connects to without a host.
+---@return string folder  of Unix sockets
+function core.default_host() end
+
+--- Sets on a socket that libpq does not see what libpq would set for these keywords.
+---@param fd integer
+---@param keywords table<string, string>
+function core.keep_alive(fd, keywords) end
+
+--- What libpq wants to send on a connection whose bytes the caller carries.
+---@param conn pglocks.connection
+---@return string|nil bytes  at most 16 KiB; nil: nothing now
+function core.take(conn) end
+
+--- Hands libpq what came from the server.
+---@param conn pglocks.connection
+---@param bytes? string  nil: there will be no more
+---@return integer count  of the bytes that libpq had room for; `core.step` makes more
+function core.give(conn, bytes) end
+
+--- Is an answer of the server still to come?
+---@param conn pglocks.connection
+---@return boolean
+function core.awaits(conn) end
+
 -- ---- pglocks.core.start -----------------------------------------------------------------
 
 --- The same operations, begun and not waited for: drive them with `core.step`, then
@@ -329,8 +437,9 @@ local start = {}
 ---@param keywords table<string, string>  of libpq
 ---@param seconds number
 ---@param on_lost? pglocks.on_lost
+---@param pumped? boolean  the caller carries the bytes, with `core.take` and `core.give`
 ---@return pglocks.connection
-function start.connect(keywords, seconds, on_lost) end
+function start.connect(keywords, seconds, on_lost, pumped) end
 
 ---@param conn pglocks.connection
 function start.close(conn) end

@@ -13,6 +13,15 @@ local poll, cancel = cqueues.poll, cqueues.cancel
 ---@type pglocks.scheduler
 local scheduler = { now = core.now, sleep = cqueues.sleep }
 
+local isyieldable = rawget(coroutine, "isyieldable") -- Lua 5.4
+
+-- Before anything is sent: what fails in the middle of an operation costs the connection.
+function scheduler.enter()
+  if isyieldable and cqueues.running() and not isyieldable() then
+    core.raise("server", "cqueues: nothing can wait here, inside a C function")
+  end
+end
+
 function scheduler.wait(fd, events, seconds)
   poll({ pollfd = fd, events = events }, seconds)
   -- A controller forgets a file descriptor some time later. When that is closed meanwhile, and its
@@ -29,16 +38,20 @@ end
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
 
 function scheduler.token()
-  local token = condition.new()
+  local token = { condition = condition.new(), woken = false }
   tokens[coroutine.running() or "main"] = token
   return token
 end
 
 function scheduler.park(seconds)
   local token = tokens[coroutine.running() or "main"]
-  return token:wait(seconds)
+  if not token.woken then token.condition:wait(seconds) end
+  return token.woken
 end
 
-function scheduler.wake(token) token:signal() end
+function scheduler.wake(token)
+  token.woken = true
+  token.condition:signal()
+end
 
 return scheduler

@@ -5,10 +5,12 @@
 --- On the main thread `wait` runs the loop itself, until there is nothing to wait for any more. In
 --- a callback, which no loop can go on beside, it raises: begin a coroutine there.
 
-local co, main = coroutine.running()
-if co and not main and not package.loaded.luv then
-  -- luv calls back on the thread that loaded it, and crashes when that has ended.
-  error("luv must be loaded on the main thread: say require \"luv\" there", 0)
+do
+  local co, main = coroutine.running()
+  if co and not main and not package.loaded.luv then
+    -- luv calls back on the thread that loaded it, and crashes when that has ended.
+    error("luv must be loaded on the main thread: say require \"luv\" there", 0)
+  end
 end
 
 local uv = require "luv"
@@ -37,7 +39,8 @@ end
 -- An error that nobody caught ends the program, as luv has it; on the way its scopes are closed.
 local function fail(co, err)
   local message = debug.traceback(co, tostring(err))
-  if coroutine.close then coroutine.close(co) end
+  local close = rawget(coroutine, "close") -- Lua 5.4
+  if close then close(co) end
   error(message, 0)
 end
 
@@ -49,12 +52,22 @@ local function resume(self, came)
   if not ok then fail(self.co, err) end
 end
 
-local function new_wait()
+local isyieldable = rawget(coroutine, "isyieldable") -- Lua 5.4
+
+-- The coroutine that can wait; nil: the main thread, which has to run the loop.
+local function running()
   local co, main = coroutine.running()
-  if main then co = nil end
-  if not co and uv.loop_mode() then
+  if main or not co then
+    if not uv.loop_mode() then return nil end
     core.raise("server", "luv: nothing can wait in a callback; begin a coroutine there")
+  elseif isyieldable and not isyieldable() then
+    core.raise("server", "luv: nothing can wait here, inside a C function")
   end
+  return co
+end
+
+local function new_wait()
+  local co = running()
   if waiting == 0 then interrupts:start(INTERRUPT_MS, INTERRUPT_MS, function() end) end
   waiting = waiting + 1
   return setmetatable({ co = co }, Wait)
@@ -84,6 +97,9 @@ local function finish(self) return run(self, came, suspend, self) end
 
 ---@type pglocks.scheduler
 local scheduler = { now = core.now }
+
+-- Before anything is sent: what fails in the middle of an operation costs the connection.
+scheduler.enter = running
 
 function scheduler.wait(fd, events, seconds)
   local self = new_wait()

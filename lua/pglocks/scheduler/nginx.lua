@@ -1,0 +1,334 @@
+--- Waits inside nginx (OpenResty's ngx_lua), where it is the default.
+---
+--- libpq never sees the network: what it takes for the server is a socketpair, and the bytes are
+--- carried between that and a cosocket of nginx. Waiting stops no other request; and because nginx
+--- closes the cosocket when its request ends, however it ends, PostgreSQL frees the locks of a
+--- request that died at once, and not when its garbage is collected.
+---
+--- A cosocket belongs to one request. Between two of them it lies in a keepalive pool of its own.
+
+local core = require "pglocks.core"
+local semaphore = require "ngx.semaphore"
+local get_request = require "resty.core.base".get_request
+
+core.own_source(debug.getinfo(1, "S").source)
+
+local ngx, math = ngx, math
+local take, give, awaits = core.take, core.give, core.awaits
+
+-- Seconds. A read goes on in slices, because cancel() and close() of another light thread only show
+-- between two of them, and because nginx must have a timer pending to finish a request on reload.
+local SLICE = 5
+local KEEPALIVE = 60
+local RECEIVED_AT_MOST = 65536 -- bytes
+
+---@type pglocks.scheduler
+local scheduler = { now = core.now, sleep = ngx.sleep }
+
+-- ---- phases -----------------------------------------------------------------------------
+
+local CAN_WAIT = {
+  rewrite = true, server_rewrite = true, access = true, content = true, timer = true,
+  ssl_cert = true, ssl_session_fetch = true, ssl_client_hello = true,
+}
+
+local function can_wait() return CAN_WAIT[ngx.get_phase()] end
+
+local function check_phase()
+  if can_wait() then return end
+  error(("pglocks: nginx cannot wait in %s_by_lua: lock in rewrite, access, content or timer,"
+    .. " or from ngx.timer.at"):format(ngx.get_phase()), 0)
+end
+
+-- ---- the pump ---------------------------------------------------------------------------
+
+-- By connection: { socket = the cosocket or nil between requests, request =, address = what to
+-- connect to, rest = received, but not taken by libpq yet, pool =, idle_since = }
+local pumps = setmetatable({}, { __mode = "k" })
+
+local function send_all(conn, pump)
+  local bytes = take(conn)
+  while bytes do
+    if not pump.socket or not pump.socket:send(bytes) then
+      give(conn) -- libpq then sees the end
+      return
+    end
+    bytes = #bytes == 16384 and take(conn)
+  end
+end
+
+local function deliver(conn, pump, bytes)
+  local taken = give(conn, bytes)
+  pump.rest = taken < #bytes and bytes:sub(taken + 1) or nil
+end
+
+local function receive(conn, pump, seconds)
+  pump.socket:settimeout(math.max(1, math.ceil(seconds * 1000)))
+  local bytes, err = pump.socket:receiveany(RECEIVED_AT_MOST)
+  if bytes then
+    deliver(conn, pump, bytes)
+  elseif err ~= "timeout" then
+    give(conn)
+  end
+end
+
+function scheduler.wait(_, events, seconds, conn)
+  local pump = pumps[conn]
+  send_all(conn, pump)
+  if pump.rest then
+    deliver(conn, pump, pump.rest)
+  elseif events == "r" and pump.socket then
+    receive(conn, pump, math.min(seconds or SLICE, SLICE))
+  end
+end
+
+function scheduler.flush(conn)
+  local pump = pumps[conn]
+  if pump.socket then send_all(conn, pump) end
+end
+
+-- ---- looking without waiting ------------------------------------------------------------
+
+-- The file descriptor of a cosocket, where this ngx_lua tells it.
+local descriptor_of, is_readable
+do
+  local ok, ffi = pcall(require, "ffi")
+  ok = ok and pcall(ffi.cdef, [[
+    int ngx_http_lua_ffi_socket_tcp_hack_fd(void *u, int fd, unsigned char *err, size_t *errlen);
+    struct pglocks_pollfd { int fd; short events, revents; };
+    int poll(struct pglocks_pollfd *fds, unsigned long nfds, int timeout);
+  ]])
+  ok = ok and pcall(function() return ffi.C.ngx_http_lua_ffi_socket_tcp_hack_fd end)
+  if ok then
+    local message, length = ffi.new "unsigned char[128]", ffi.new "size_t[1]"
+    local fds = ffi.new "struct pglocks_pollfd[1]"
+    local POLLIN = 1
+    function descriptor_of(socket)
+      length[0] = 128
+      return ffi.C.ngx_http_lua_ffi_socket_tcp_hack_fd(socket[1], -1, message, length)
+    end
+    function is_readable(socket)
+      fds[0].fd, fds[0].events = descriptor_of(socket), POLLIN
+      return fds[0].fd >= 0 and ffi.C.poll(fds, 1, 0) > 0
+    end
+  end
+end
+
+--- Has nginx closed the cosocket, because its request has ended? Asks from any request.
+function scheduler.is_gone(conn)
+  local socket = pumps[conn].socket
+  return socket ~= nil and socket:getreusedtimes() == nil
+end
+
+-- What has arrived and nobody has read: the server may have ended the session.
+function scheduler.look(conn)
+  local pump = pumps[conn]
+  if scheduler.is_gone(conn) then
+    give(conn)
+  elseif pump.socket and core.is_idle(conn) and can_wait() and pump.request == get_request()
+    and (not is_readable or is_readable(pump.socket)) then
+    receive(conn, pump, 0.001)
+  end
+end
+
+-- ---- connecting -------------------------------------------------------------------------
+
+-- What a cosocket connects to, and how libpq would name it.
+local function address_of(keywords)
+  local function given(keyword) return keywords[keyword] ~= "" and keywords[keyword] or nil end
+  local host, port = given "hostaddr" or given "host" or core.default_host(), given "port" or "5432"
+  if host:sub(1, 1) == "/" then
+    local path = ("%s/.s.PGSQL.%s"):format(host, port)
+    return { "unix:" .. path }, ('connection to server on socket "%s" failed: '):format(path)
+  end
+  return { host, tonumber(port) },
+    ('connection to server at "%s", port %s failed: '):format(given "host" or host, port)
+end
+
+local function connect_socket(pump, pool_options)
+  local socket, address = ngx.socket.tcp(), pump.address
+  local ok, err
+  if address[2] then
+    ok, err = socket:connect(address[1], address[2], pool_options)
+  else
+    ok, err = socket:connect(address[1], pool_options)
+  end
+  if ok then return socket end
+  return nil, err
+end
+
+-- The server's queue of connections to a Unix socket may be full for a moment.
+local FULL, SHORTLY = "resource temporarily unavailable", 0.01
+
+local connections = 0
+
+--- In the place of core.start.connect.
+---@return pglocks.connection|nil
+---@return string what a message about the connection begins with; or why there is none
+function scheduler.connect(keywords, seconds, on_lost)
+  check_phase()
+  local deadline = core.now() + seconds
+  local address, where = address_of(keywords)
+  connections = connections + 1
+  local pump = {
+    address = address,
+    request = get_request(),
+    pool = ("pglocks %d %d"):format(ngx.worker.pid(), connections),
+  }
+  local socket, err
+  repeat
+    if err then ngx.sleep(SHORTLY) end
+    socket, err = connect_socket(pump, { pool = pump.pool, pool_size = 1 })
+  until socket or err ~= FULL or core.now() > deadline
+  if not socket then return nil, where .. err end
+  if descriptor_of then core.keep_alive(descriptor_of(socket), keywords) end
+  pump.socket = socket
+
+  local libpq = { gssencmode = "disable" }
+  for keyword, value in pairs(keywords) do
+    if keyword ~= "port" and keyword ~= "hostaddr" and keyword ~= "gssencmode" then
+      libpq[keyword] = value
+    end
+  end
+  if not address[2] then libpq.host, libpq.sslmode = "localhost", "disable" end -- a Unix socket
+  local conn = core.start.connect(libpq, math.max(0.001, deadline - core.now()), on_lost, true)
+  pumps[conn] = pump
+  return conn, where
+end
+
+--- Before an operation: may it be waited for, here?
+function scheduler.enter(conn)
+  check_phase()
+  local pump = pumps[conn]
+  if pump.request ~= get_request() then
+    core.raise("busy_connection", "this connection belongs to another request")
+  end
+end
+
+-- ---- between requests -------------------------------------------------------------------
+
+-- A release was sent, its request goes on, and the answer is still to come. nginx closes a pooled
+-- cosocket when anything arrives on it. So one of these light threads takes it over: a post wakes
+-- one before nginx polls again, so that the answer cannot come before. They end when there was
+-- nothing to do for a while, because a worker that is to stop waits for them.
+local COLLECTORS, COLLECTORS_STAY = 32, 1
+local work, jobs, collectors = semaphore.new(), {}, 0
+
+local function attach(conn, pump)
+  pump.socket = connect_socket(pump, { pool = pump.pool, pool_size = 1 })
+  pump.request = get_request()
+  if pump.socket and (pump.socket:getreusedtimes() or 0) > 0 then return true end
+  if pump.socket then pump.socket:close() end -- nginx had closed the old one
+  pump.socket = nil
+  give(conn)
+  core.connection.alive(conn)
+end
+
+local function detach(conn, pump)
+  local ok = pump.socket:setkeepalive(KEEPALIVE * 1000, 1)
+  pump.socket, pump.idle_since = nil, core.now()
+  if ok then return true end
+  give(conn)
+  core.connection.alive(conn)
+end
+
+local function collect_one(job)
+  local conn, pump = job.conn, pumps[job.conn]
+  if attach(conn, pump) then
+    local deadline = core.now() + job.seconds
+    while awaits(conn) and core.connection.alive(conn) and core.now() < deadline do
+      receive(conn, pump, deadline - core.now())
+      core.connection.alive(conn)
+    end
+    if core.connection.alive(conn) and not awaits(conn) then
+      detach(conn, pump)
+    else
+      pump.socket:close()
+      give(conn)
+    end
+  end
+  job.done(conn)
+end
+
+local function collect()
+  local last = core.now()
+  while core.now() - last < COLLECTORS_STAY do
+    if work:wait(COLLECTORS_STAY) then
+      last = core.now()
+      collect_one(table.remove(jobs, 1))
+    end
+  end
+  collectors = collectors - 1
+end
+
+local function start_collectors()
+  if collectors > 0 then return end
+  collectors = COLLECTORS
+  local ok = ngx.timer.at(0, function()
+    for _ = 1, COLLECTORS do ngx.thread.spawn(collect) end
+  end)
+  if not ok then collectors = 0 end
+end
+
+--- May a release be sent without waiting for its answer? Only if somebody will collect that.
+function scheduler.can_collect()
+  if work:count() < 0 then return true end
+  start_collectors()
+  return false
+end
+
+--- Puts a connection away, for the next request: calls done(conn) when it can be used, or is lost.
+--- Never waits.
+function scheduler.detach(conn, seconds, done)
+  local pump = pumps[conn]
+  if not can_wait() or pump.request ~= get_request() then
+    -- Its cosocket cannot be used here, and is closed when its request ends.
+    give(conn)
+    core.connection.alive(conn)
+    return done(conn)
+  end
+  send_all(conn, pump)
+  if not awaits(conn) then
+    detach(conn, pump)
+    return done(conn)
+  end
+  if work:count() < 0 and detach(conn, pump) then
+    jobs[#jobs + 1] = { conn = conn, seconds = seconds, done = done }
+    work:post(1)
+    return
+  end
+  if pump.socket then pump.socket:close() end -- the session ends, and with it what it holds
+  give(conn)
+  core.connection.alive(conn)
+  done(conn)
+end
+
+--- Takes a connection for this request. False: it was lost meanwhile.
+function scheduler.attach(conn)
+  local pump = pumps[conn]
+  if core.now() - pump.idle_since > KEEPALIVE - 1 then
+    give(conn)
+    core.connection.alive(conn)
+    return false
+  end
+  return attach(conn, pump) == true
+end
+
+-- ---- parking ----------------------------------------------------------------------------
+
+local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
+
+function scheduler.token()
+  check_phase()
+  local token = semaphore.new()
+  tokens[coroutine.running()] = token
+  return token
+end
+
+function scheduler.park(seconds)
+  return tokens[coroutine.running()]:wait(seconds or 1e6) == true
+end
+
+function scheduler.wake(token) token:post(1) end
+
+return scheduler
