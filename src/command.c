@@ -105,6 +105,7 @@ static void command_end(struct session *s, struct command *c, bool written) {
     session_lose(s, LOST, "", PQerrorMessage(s->pg));
     return;
   }
+  s->written = true;
   *s->newest = c;
   s->newest = &c->next;
   if (c->holding != NULL)
@@ -341,6 +342,8 @@ bool commands_collect(struct session *s) {
   bool readable = true;
   /* A TLS record may hold more than one read takes, and leave nothing for the socket to tell. */
   int reads = s->pg != NULL && PQsslInUse(s->pg) ? 3 : 1;
+  if (s->pump_fd >= 0 && !s->given) reads = 0;
+  s->given = false;
   while (s->pg != NULL && readable && reads-- > 0) {
     readable = PQconsumeInput(s->pg);
     take_results(s);

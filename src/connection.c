@@ -120,7 +120,10 @@ void connection_tell_free(lua_State *L, int index) {
 static int take(lua_State *L) {
   struct session *s = connection_check(L, 1);
   char bytes[16384];
-  ssize_t n = s->pump_fd >= 0 ? read(s->pump_fd, bytes, sizeof bytes) : 0;
+  ssize_t n = 0;
+  if (s->pump_fd >= 0 && (s->written || s->state == SESSION_CONNECTING))
+    n = read(s->pump_fd, bytes, sizeof bytes);
+  s->written = n == sizeof bytes;
   if (n <= 0) return 0;
   lua_pushlstring(L, bytes, (size_t)n);
   return 1;
@@ -133,6 +136,7 @@ static int give(lua_State *L) {
   size_t length;
   const char *bytes = luaL_optlstring(L, 2, NULL, &length);
   ssize_t n = 0;
+  s->given = true;
   if (s->pump_fd >= 0 && bytes == NULL)
     shutdown(s->pump_fd, SHUT_RDWR);
   else if (s->pump_fd >= 0)

@@ -124,7 +124,10 @@ bool operation_wants(struct session *s, struct pollfd *wait) {
   } else {
     wait->fd = PQsocket(s->pg);
     wait->events = POLLIN;
-    if (PQflush(s->pg) == 1) wait->events |= POLLOUT;
+    if (PQflush(s->pg) == 1) {
+      wait->events |= POLLOUT;
+      s->written = true;
+    }
   }
   return true;
 }

@@ -267,6 +267,7 @@ struct session {
   int watch_fd;          /* an epoll instance on the socket, or -1 */
   int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
                 * not know the server's address then, and cannot send it a cancel request */
+  bool written, given; /* there is something at that end to take; for libpq to read */
   struct operation op;
   unsigned long operations; /* begun so far: the number of the one under way */
   uint32_t prepared; /* a bit for each statement */
@@ -279,6 +280,7 @@ void session_disconnect(struct session *s);
 void session_close(struct session *s);
 /* The session is gone: with it all that it held, and the operation under way fails. */
 void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
+bool session_has_input(const struct session *s);
 bool session_alive(struct session *s); /* looks at the socket, no round trip */
 bool session_is_foreign(const struct session *s); /* made by a parent process */
 void session_note_transaction(struct session *s);

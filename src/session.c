@@ -196,11 +196,15 @@ bool is_ready(int fd, short events) {
   return poll(&p, 1, 0) > 0;
 }
 
+bool session_has_input(const struct session *s) {
+  return s->pump_fd >= 0 ? s->given : is_ready(PQsocket(s->pg), POLLIN);
+}
+
 bool session_alive(struct session *s) {
   if (s->state != SESSION_OPEN || session_is_foreign(s)) return false;
   /* An operation under way watches the socket itself; its bytes are not ours to take. */
   if (s->op.kind != NULL) return !s->doomed;
-  while (s->pg != NULL && is_ready(PQsocket(s->pg), POLLIN)) commands_collect(s);
+  while (s->pg != NULL && session_has_input(s)) commands_collect(s);
   return s->pg != NULL;
 }
 
