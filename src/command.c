@@ -229,6 +229,8 @@ void command_rollback(struct session *s) {
   holdings_settle(s);
 }
 
+enum { LIBPQ_READS = 8192 };
+
 /* ---- answers --------------------------------------------------------------------------- */
 
 static enum code code_of(const char *sqlstate) {
@@ -342,9 +344,11 @@ bool commands_collect(struct session *s) {
   bool readable = true;
   /* A TLS record may hold more than one read takes, and leave nothing for the socket to tell. */
   int reads = s->pg != NULL && PQsslInUse(s->pg) ? 3 : 1;
-  if (s->pump_fd >= 0 && !s->given) reads = 0;
-  s->given = false;
-  while (s->pg != NULL && readable && reads-- > 0) {
+  /* libpq reads once, and has room for so much at least. */
+  bool more = s->pump_fd >= 0 && (s->given > LIBPQ_READS || reads > 1);
+  if (s->pump_fd >= 0 && s->given == 0) reads = 0;
+  s->given = 0;
+  while (s->pg != NULL && readable && (reads-- > 0 || (more && is_ready(PQsocket(s->pg), POLLIN)))) {
     readable = PQconsumeInput(s->pg);
     take_results(s);
   }

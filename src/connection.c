@@ -136,11 +136,11 @@ static int give(lua_State *L) {
   size_t length;
   const char *bytes = luaL_optlstring(L, 2, NULL, &length);
   ssize_t n = 0;
-  s->given = true;
   if (s->pump_fd >= 0 && bytes == NULL)
     shutdown(s->pump_fd, SHUT_RDWR);
   else if (s->pump_fd >= 0)
     n = send(s->pump_fd, bytes, length, MSG_NOSIGNAL);
+  s->given += n > 0 ? (size_t)n : 1; /* the end, too, is something to read */
   lua_pushinteger(L, n > 0 ? n : 0);
   return 1;
 }

@@ -124,10 +124,9 @@ bool operation_wants(struct session *s, struct pollfd *wait) {
   } else {
     wait->fd = PQsocket(s->pg);
     wait->events = POLLIN;
-    if (PQflush(s->pg) == 1) {
-      wait->events |= POLLOUT;
-      s->written = true;
-    }
+    s->written = s->written || s->unflushed; /* now some of that will be */
+    s->unflushed = PQflush(s->pg) == 1;
+    if (s->unflushed) wait->events |= POLLOUT;
   }
   return true;
 }

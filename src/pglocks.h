@@ -267,7 +267,9 @@ struct session {
   int watch_fd;          /* an epoll instance on the socket, or -1 */
   int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
                 * not know the server's address then, and cannot send it a cancel request */
-  bool written, given; /* there is something at that end to take; for libpq to read */
+  bool unflushed; /* libpq has more to write than its socket took */
+  bool written;   /* there may be something to take at that end */
+  size_t given; /* bytes for libpq to read at its end */
   struct operation op;
   unsigned long operations; /* begun so far: the number of the one under way */
   uint32_t prepared; /* a bit for each statement */

@@ -197,7 +197,7 @@ bool is_ready(int fd, short events) {
 }
 
 bool session_has_input(const struct session *s) {
-  return s->pump_fd >= 0 ? s->given : is_ready(PQsocket(s->pg), POLLIN);
+  return s->pump_fd >= 0 ? s->given > 0 : is_ready(PQsocket(s->pg), POLLIN);
 }
 
 bool session_alive(struct session *s) {

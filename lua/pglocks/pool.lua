@@ -181,6 +181,7 @@ end
 
 -- A connection that only the caller has; nil when none came free until `deadline`.
 function Pool:take(deadline)
+  if self.scheduler.enter then self.scheduler.enter() end
   local conn = not self.queue[1] and self:find()
   if conn then return conn end
   local ticket = setmetatable({ pool = self }, Ticket)

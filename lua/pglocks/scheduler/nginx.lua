@@ -196,11 +196,10 @@ function scheduler.connect(keywords, seconds, on_lost)
   return conn, where
 end
 
---- Before an operation: may it be waited for, here?
+--- Before an operation: may it be waited for, here? Without a connection: may any?
 function scheduler.enter(conn)
   check_phase()
-  local pump = pumps[conn]
-  if pump.request ~= get_request() then
+  if conn and pumps[conn].request ~= get_request() then
     core.raise("busy_connection", "this connection belongs to another request")
   end
 end
