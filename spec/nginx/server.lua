@@ -55,7 +55,16 @@ end
 --- settings: http (directives), locations ({ ["/path"] = Lua code of its content, or directives in
 --- a table }), reuseport (both workers get connections)
 function server.start(settings)
-  local self = setmetatable({ port = 20000 + math.random(12000) }, server)
+  for _ = 1, 10 do
+    local ok, result = pcall(server.try_start, settings, 20000 + math.random(12000))
+    if ok then return result end
+    assert(result:find("Address already in use", 1, true), result)
+  end
+  error "no port is free"
+end
+
+function server.try_start(settings, port)
+  local self = setmetatable({ port = port }, server)
   self.prefix = shell "mktemp -d /tmp/pglocks-nginx.XXXXXX":match "%S+"
   local locations = {}
   for path, code in pairs(settings.locations) do
@@ -110,7 +119,7 @@ end
 function server:workers()
   local pids = {}
   for pid in shell(("ps -o pid=,args= --ppid %d | grep 'worker process' | grep -v 'shutting down'")
-    :format(self.pid)):gmatch "%f[%S](%d+) " do
+    :format(self.pid)):gmatch "(%d+) nginx" do
     pids[#pids + 1] = tonumber(pid)
   end
   return pids
