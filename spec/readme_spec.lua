@@ -148,6 +148,16 @@ describe("README.md's shell", function()
   end
 end)
 
+-- ---- nginx -------------------------------------------------------------------------------
+
+describe("README.md's nginx.conf", function()
+  for _, block in ipairs(blocks "nginx") do
+    it("is a part of the example on line " .. block.line, function()
+      assert.is_truthy(read "examples/openresty/nginx.conf":find(block.text, 1, true))
+    end)
+  end
+end)
+
 -- ---- the text ---------------------------------------------------------------------------
 
 local function each_function(table_of, name_format)
