@@ -254,7 +254,11 @@ local function collect()
   while core.now() - last < COLLECTORS_STAY do
     if work:wait(COLLECTORS_STAY) then
       last = core.now()
-      collect_one(table.remove(jobs, 1))
+      local job = table.remove(jobs, 1)
+      if not pcall(collect_one, job) then
+        give(job.conn)
+        pcall(job.done, job.conn)
+      end
     end
   end
   collectors = collectors - 1
