@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test contended lint sanitize valgrind rock clean help
+.PHONY: all demo test contended lint sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) build/failing_malloc.so
 
 # $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
@@ -114,6 +114,22 @@ rock:
 	@tools/try-rock 5.4 $(LUA) PQ_INCDIR=$(PQ_INCDIR)
 	@tools/try-rock jit $(LUAJIT) PQ_INCDIR=$(PQ_INCDIR) LUA_INCDIR=$(LUAJIT_INCDIR)
 
+# SHORT=1 for a glance; see bench/nginx/run.lua for more.
+bench-nginx:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory build/5.4/pglocks/core.so build/jit/pglocks/core.so \
+	  build/bench/load build/bench/delay
+	@tools/with-postgres tools/lua 5.4 bench/nginx/run.lua
+
+bench-loops:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory $(runtimes:%=build/%/pglocks/core.so)
+	@tools/with-postgres sh -ec 'for runtime in $(runtimes); do tools/lua $$runtime bench/loops.lua; done'
+
+build/bench/%: bench/nginx/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) $(STANDARD) $(WARNINGS) $(CFLAGS) $(LDFLAGS) -o $@ $<
+
 clean:
 	rm -rf build
 
@@ -126,4 +142,6 @@ help:
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"
 	@echo "make rock       build and load the rock, for both"
+	@echo "make bench-nginx  locks inside nginx beside a plain cosocket; SHORT=1 ONLY=part"
+	@echo "make bench-loops  locks in event loops beside blocking, and while many wait; SHORT=1 RUNTIMES=5.4|jit"
 	@echo "make clean      remove build/"
