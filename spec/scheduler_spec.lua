@@ -658,7 +658,11 @@ describe("Ctrl-C", function()
       local said = {}
       for line in process.lines do said[#said + 1] = line end
       process.close()
-      assert.is_truthy(table.concat(said, "\n"):find("interrupted!", 1, true))
+      said = table.concat(said, "\n")
+      -- LuaJIT interrupts coroutines, too. Struck just after a wait, cqueues complains first that the
+      -- connection, which this closed, is gone.
+      assert.is_truthy(said:find("interrupted!", 1, true)
+        or rawget(_G, "jit") and said:find("false\t.*Bad file descriptor"), said)
       wait_until("its locks to be free", function() return #pg_locks(pid) == 0 end)
       lock:release()
     end)
