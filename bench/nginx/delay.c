@@ -9,43 +9,41 @@
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { CHUNK_SIZE = 16384, PAIRS = 1024 };
+enum { CHUNK_SIZE = 16384, EVENTS = 64, BACKLOG = 1024 };
+
+/* A socket, and the one that gets what comes in here. Never freed: a late chunk may refer to it. */
+struct end {
+  int fd;
+  struct end *other;
+  bool closed;
+};
 
 struct chunk {
   struct chunk *next;
+  struct end *to;
   int64_t due; /* nanoseconds */
-  size_t length;
+  size_t length; /* 0: the end of the stream, which is delayed like all else */
   char bytes[];
 };
 
-/* From one socket to another. */
-struct direction {
-  struct chunk *first, **last;
-  bool ended; /* nothing more comes in */
-};
-
-/* fds[0]: the client; directions[0]: what it sent. */
-struct pair {
-  int fds[2];
-  struct direction directions[2];
-};
-
-static struct pair pairs[PAIRS];
-static int pair_count;
-static int64_t delay;
+/* One queue for all, as each chunk is due after those that came before it. */
+static struct chunk *first, **last = &first;
+static int epoll, timer;
+static int64_t delay, armed_for;
 static const char *target;
 
 static void die(const char *what) {
@@ -73,85 +71,80 @@ static void at_once(int fd) {
 }
 
 static int connect_target(void) {
-  int fd;
-  if (target[0] == '/') {
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    snprintf(address.sun_path, sizeof address.sun_path, "%s", target);
-    fd = socket(AF_UNIX, SOCK_STREAM, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) != 0) die("delay: connect");
-  } else {
-    struct sockaddr_in address = loopback(atoi(target));
-    fd = socket(AF_INET, SOCK_STREAM, 0);
-    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) != 0) die("delay: connect");
-    at_once(fd);
-  }
+  struct sockaddr_un local = {.sun_family = AF_UNIX};
+  struct sockaddr_in remote = loopback(atoi(target));
+  bool is_local = target[0] == '/';
+  int fd = socket(is_local ? AF_UNIX : AF_INET, SOCK_STREAM, 0);
+  snprintf(local.sun_path, sizeof local.sun_path, "%s", target);
+  if (fd < 0 || connect(fd, is_local ? (struct sockaddr *)&local : (struct sockaddr *)&remote,
+                        is_local ? sizeof local : sizeof remote) != 0)
+    die("delay: connect");
+  if (!is_local) at_once(fd);
   return fd;
 }
 
+/* data: what an event on fd will be told by. */
+static void watch(int fd, void *data, uint32_t events) {
+  struct epoll_event event = {.events = events, .data.ptr = data};
+  if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) != 0) die("delay: epoll_ctl");
+}
+
 static void accept_client(int listener) {
-  struct pair *pair;
+  struct end *ends;
   int fd = accept(listener, NULL, NULL);
   if (fd < 0) return;
-  if (pair_count == PAIRS) {
-    close(fd);
-    return;
-  }
   at_once(fd);
-  pair = &pairs[pair_count++];
-  memset(pair, 0, sizeof *pair);
-  pair->fds[0] = fd;
-  pair->fds[1] = connect_target();
-  for (int i = 0; i < 2; i++) pair->directions[i].last = &pair->directions[i].first;
+  ends = calloc(2, sizeof *ends);
+  if (!ends) die("delay");
+  ends[0] = (struct end){.fd = fd, .other = &ends[1]};
+  ends[1] = (struct end){.fd = connect_target(), .other = &ends[0]};
+  for (int i = 0; i < 2; i++) watch(ends[i].fd, &ends[i], EPOLLIN);
 }
 
-static void take(struct direction *direction, int from) {
-  struct chunk *chunk = malloc(sizeof *chunk + CHUNK_SIZE);
+static void take(struct end *from) {
+  struct chunk *chunk;
   ssize_t got;
+  if (from->closed) return;
+  chunk = malloc(sizeof *chunk + CHUNK_SIZE);
   if (!chunk) die("delay");
-  got = read(from, chunk->bytes, CHUNK_SIZE);
-  /* The end is delayed like all else: an empty chunk. */
+  got = read(from->fd, chunk->bytes, CHUNK_SIZE);
+  if (got <= 0) epoll_ctl(epoll, EPOLL_CTL_DEL, from->fd, NULL);
   chunk->length = got > 0 ? (size_t)got : 0;
+  chunk->to = from->other;
   chunk->due = now() + delay;
   chunk->next = NULL;
-  *direction->last = chunk;
-  direction->last = &chunk->next;
-  direction->ended = got <= 0;
+  *last = chunk;
+  last = &chunk->next;
 }
 
-/* Passes on what is due; false: the end came through. */
-static bool pass_on(struct direction *direction, int to, int64_t at, int64_t *next) {
-  while (direction->first) {
-    struct chunk *chunk = direction->first;
-    if (chunk->due > at) {
-      if (chunk->due < *next) *next = chunk->due;
-      return true;
-    }
-    if (chunk->length == 0 || write(to, chunk->bytes, chunk->length) != (ssize_t)chunk->length) return false;
-    direction->first = chunk->next;
-    if (!direction->first) direction->last = &direction->first;
+static void close_both(struct end *end) {
+  struct end *ends[2] = {end, end->other};
+  for (int i = 0; i < 2; i++) {
+    if (!ends[i]->closed) close(ends[i]->fd);
+    ends[i]->closed = true;
+  }
+}
+
+static void pass_on(void) {
+  struct itimerspec next = {{0, 0}, {0, 0}};
+  while (first && first->due <= now()) {
+    struct chunk *chunk = first;
+    struct end *to = chunk->to;
+    first = chunk->next;
+    if (!first) last = &first;
+    if (!to->closed &&
+        (chunk->length == 0 || write(to->fd, chunk->bytes, chunk->length) != (ssize_t)chunk->length))
+      close_both(to);
     free(chunk);
   }
-  return true;
-}
-
-static void drop(struct pair *pair) {
-  for (int i = 0; i < 2; i++) {
-    close(pair->fds[i]);
-    while (pair->directions[i].first) {
-      struct chunk *chunk = pair->directions[i].first;
-      pair->directions[i].first = chunk->next;
-      free(chunk);
-    }
-  }
-  *pair = pairs[--pair_count];
-  for (int i = 0; i < 2; i++) { /* moved: an empty list ends in itself */
-    struct direction *direction = &pair->directions[i];
-    if (!direction->first) direction->last = &direction->first;
-  }
+  if (!first || first->due == armed_for) return;
+  armed_for = first->due;
+  next.it_value.tv_sec = (time_t)(armed_for / 1000000000);
+  next.it_value.tv_nsec = (long)(armed_for % 1000000000);
+  timerfd_settime(timer, TFD_TIMER_ABSTIME, &next, NULL);
 }
 
 int main(int argc, char **argv) {
-  static struct pollfd polled[1 + 2 * PAIRS];
   struct sockaddr_in address = loopback(0);
   socklen_t length = sizeof address;
   int listener = socket(AF_INET, SOCK_STREAM, 0);
@@ -162,46 +155,30 @@ int main(int argc, char **argv) {
   }
   delay = (int64_t)atoi(argv[1]) * 1000;
   target = argv[2];
-  prctl(PR_SET_PDEATHSIG, SIGTERM);
   signal(SIGPIPE, SIG_IGN);
-  prctl(PR_SET_TIMERSLACK, 1); /* otherwise the kernel adds 50 microseconds */
+  prctl(PR_SET_PDEATHSIG, SIGTERM);
+  epoll = epoll_create1(EPOLL_CLOEXEC);
+  timer = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
+  if (epoll < 0 || timer < 0) die("delay");
   if (listener < 0 || bind(listener, (struct sockaddr *)&address, sizeof address) != 0 ||
-      listen(listener, PAIRS) != 0 || getsockname(listener, (struct sockaddr *)&address, &length) != 0)
+      listen(listener, BACKLOG) != 0 || getsockname(listener, (struct sockaddr *)&address, &length) != 0)
     die("delay: listen");
+  watch(listener, &listener, EPOLLIN);
+  watch(timer, &timer, EPOLLIN | EPOLLET); /* told once, and never read */
   printf("%d\n", ntohs(address.sin_port));
   fflush(stdout);
 
   for (;;) {
-    int64_t at = now(), next = INT64_MAX;
-    struct timespec wait;
-    int count;
-
-    for (int i = pair_count - 1; i >= 0; i--) {
-      struct pair *pair = &pairs[i];
-      if (!pass_on(&pair->directions[0], pair->fds[1], at, &next) ||
-          !pass_on(&pair->directions[1], pair->fds[0], at, &next))
-        drop(pair);
-    }
-
-    polled[0] = (struct pollfd){.fd = listener, .events = POLLIN};
-    count = pair_count;
+    struct epoll_event events[EVENTS];
+    int count = epoll_wait(epoll, events, EVENTS, -1);
     for (int i = 0; i < count; i++) {
-      for (int j = 0; j < 2; j++) {
-        int fd = pairs[i].directions[j].ended ? -1 : pairs[i].fds[j];
-        polled[1 + 2 * i + j] = (struct pollfd){.fd = fd, .events = POLLIN};
+      void *data = events[i].data.ptr;
+      if (data == &listener) {
+        accept_client(listener);
+      } else if (data != &timer) {
+        take(data);
       }
     }
-    if (next != INT64_MAX) {
-      int64_t left = next - now() > 0 ? next - now() : 0;
-      wait.tv_sec = (time_t)(left / 1000000000);
-      wait.tv_nsec = (long)(left % 1000000000);
-    }
-    if (ppoll(polled, (nfds_t)(1 + 2 * count), next == INT64_MAX ? NULL : &wait, NULL) <= 0) continue;
-
-    for (int i = 0; i < 2 * count; i++) {
-      struct pair *pair = &pairs[i / 2];
-      if (polled[1 + i].revents) take(&pair->directions[i % 2], pair->fds[i % 2]);
-    }
-    if (polled[0].revents) accept_client(listener);
+    pass_on();
   }
 }

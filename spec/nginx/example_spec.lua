@@ -39,8 +39,8 @@ local function start()
   local is_root = shell "id -u":match "%d+" == "0"
   local file = assert(io.open(prefix .. "/nginx.conf", "w"))
   file:write((substituted(support.read "examples/openresty/nginx.conf", {
-    { "# load_module modules/ndk", "load_module /usr/lib/nginx/modules/ndk" },
-    { "# load_module modules/ngx", "load_module /usr/lib/nginx/modules/ngx" },
+    { "# load_module /usr/lib/nginx/modules/ndk", "load_module /usr/lib/nginx/modules/ndk" },
+    { "# load_module /usr/lib/nginx/modules/ngx", "load_module /usr/lib/nginx/modules/ngx" },
     { "daemon off;", is_root and "user root;" or "" },
     { "error_log stderr notice;", "error_log error.log notice;" },
     { "\nhttp {\n", "\nhttp {\n access_log off; " .. KEEPS_TEMPORARY_FILES .. FINDS_PGLOCKS },
