@@ -128,7 +128,7 @@ bench-loops:
 
 build/bench/%: bench/nginx/%.c Makefile
 	@mkdir -p $(@D)
-	$(CC) $(STANDARD) $(WARNINGS) $(CFLAGS) $(LDFLAGS) -o $@ $<
+	$(CC) -D_GNU_SOURCE $(STANDARD) $(WARNINGS) $(CFLAGS) $(LDFLAGS) -o $@ $<
 
 clean:
 	rm -rf build

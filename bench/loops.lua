@@ -1,7 +1,7 @@
 --- make bench-loops: what a scheduler costs on one connection, and whether a program goes on while
 --- many of its coroutines wait.
 ---
----     SHORT=1   fewer rounds, and a shorter look at those that wait
+---     SHORT=1   one round, and fewer that wait: it shows that all runs, and measures little
 
 local core = require "pglocks.core"
 local loops = require "spec.loops"
@@ -13,9 +13,9 @@ local CONNINFO = assert(os.getenv "PGLOCKS_TEST_CONNINFO", "no server: say `make
   .. " connect_timeout=60"
 local jit = rawget(_G, "jit")
 local SHORT = (os.getenv "SHORT" or "") ~= ""
-local SECONDS = 0.5 -- of each measurement
-local ROUNDS = SHORT and 2 or 6
-local WAITING = 500
+local SECONDS = SHORT and 0.1 or 0.5 -- of each measurement
+local ROUNDS = SHORT and 1 or 6
+local WAITING = SHORT and 100 or 500
 local TICK = 0.01
 
 -- ---- pairs on one connection ------------------------------------------------------------
@@ -103,7 +103,7 @@ end
 
 local function measure_waiting(name, waiting)
   local loop, row = loops[name], nil
-  local seconds = SHORT and 1 or 3
+  local seconds = SHORT and 0.3 or 3
   local observer = pglocks.connect { conninfo = CONNINFO, scheduler = "blocking" }
   local held = observer:lock(1)
   pglocks.setup {

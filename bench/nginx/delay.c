@@ -5,7 +5,6 @@
  * Listens on 127.0.0.1, prints the port, and passes on what it gets MICROSECONDS later, in each
  * direction, to the Unix socket PATH or to PORT of 127.0.0.1. Ends with the process that began it. */
 
-#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>

@@ -11,7 +11,6 @@
  * rate: answers a second, those that came after SECONDS not counted. ended_at: CLOCK_MONOTONIC
  * when the time was over. */
 
-#define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
 #include <netinet/in.h>

@@ -1,7 +1,7 @@
 --- make bench-nginx: locks inside nginx, pglocks beside the least that could do the same (a cosocket
 --- and two statements), and beside pgmoon where that is installed.
 ---
----     SHORT=1          fewer and shorter rounds
+---     SHORT=1          one short round: it shows that all runs, and measures little
 ---     ONLY=pairs       one part: pairs, network, hand-over, death, waiting
 ---     PLACEMENT=cross  nginx's worker on one CPU, all else on another; `same`: all on one, `free`:
 ---                      where the kernel likes. Figures of one placement say nothing about another.
@@ -14,8 +14,8 @@ local percentile, whole = numbers.percentile, numbers.whole
 
 local SHORT = (os.getenv "SHORT" or "") ~= ""
 local ONLY = os.getenv "ONLY" or ""
-local SECONDS = SHORT and 0.3 or 0.5 -- of each measurement
-local ROUNDS = SHORT and 2 or 6
+local SECONDS = SHORT and 0.1 or 0.5 -- of each measurement
+local ROUNDS = SHORT and 1 or 6
 local POOL_SIZE = 150 -- for 128 clients, and connections whose release is under way
 local DELAY = 500 -- microseconds
 
@@ -120,9 +120,9 @@ local function restart_server(connections)
   local folder, bindir = os.getenv "PGLOCKS_TEST_DATA", os.getenv "PGLOCKS_TEST_BINDIR"
   if not folder or not bindir then return false end
   observer:close()
-  local said = shell(("cd %s && %s %s/pg_ctl -D %s -l %s -s -w -m fast -o '-c max_connections=%d -c deadlock_timeout=10min' "
-    .. "restart </dev/null"):format(folder, os.getenv "PGLOCKS_TEST_AS_SERVER" or "", bindir, folder, os.getenv "PGLOCKS_TEST_LOG",
-      connections))
+  local options = ("-c max_connections=%d -c deadlock_timeout=10min"):format(connections)
+  local said = shell(("cd %s && %s %s/pg_ctl -D %s -l %s -s -w -m fast -o '%s' restart </dev/null"):format(folder,
+    os.getenv "PGLOCKS_TEST_AS_SERVER" or "", bindir, folder, os.getenv "PGLOCKS_TEST_LOG", options))
   if said:find "%S" then print(said) end
   observer = pglocks.connect(CONNINFO)
   place_server()
@@ -260,7 +260,7 @@ local function measure_pairs(nginx, clients)
     local before
     repeat -- until a pool has all the connections that it will need
       before = count_sessions()
-      measure(name, 0.3)
+      measure(name, SHORT and 0.1 or 0.3)
     until count_sessions() == before
   end
   return numbers.rounds(WAYS, ROUNDS, measure)
@@ -364,7 +364,7 @@ end
 parts["hand-over"] = function()
   local names = those_that_yield()
   with_nginx(server_settings(), function(nginx)
-    local found = numbers.rounds(names, SHORT and 2 or 4, function(name)
+    local found = numbers.rounds(names, SHORT and 1 or 4, function(name)
       nginx:get "samples"
       nginx:load("hand-over/" .. name, 2, SECONDS)
       local list = {}
@@ -410,7 +410,7 @@ local function time_of_death(nginx, name, how)
 end
 
 function parts.death()
-  local wanted = SHORT and 8 or 50
+  local wanted = SHORT and 2 or 50
   local rows = { { "", "", "samples", "p50 ms", "max ms" } }
   with_nginx(server_settings(), function(nginx)
     for _, how in ipairs { "exit", "error", "abort" } do
@@ -468,7 +468,7 @@ end
 
 function parts.waiting()
   local rows = { { "", "waiting", "gathered in s", "worker CPU", "/ping p50 us", "p99 us" } }
-  local sizes = SHORT and { 200 } or { 200, 1000 }
+  local sizes = SHORT and { 50 } or { 200, 1000 }
   local note = ""
   if not SHORT and not restart_server(1100) then
     sizes = { 100 }
