@@ -499,7 +499,7 @@ place_server()
 print(("%s; placement: %s; a ratio is to the cosocket in the same round, the median of %d rounds")
   :format(shell "nginx -v":match "nginx/%S+", placement, ROUNDS))
 print "min..max: of those ratios, which is how noisy this machine was"
-if shell "luajit -e 'print(pcall(require, [[pgmoon]]))'":find "^true" then
+if shell "luajit -e 'print(package.searchpath([[pgmoon]], package.path))'":find "^[./]" then
   WAYS[#WAYS + 1] = "pgmoon"
 else
   print "pgmoon is not installed: left out"
