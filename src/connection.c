@@ -597,6 +597,32 @@ static int default_host(lua_State *L) {
   return 1;
 }
 
+/* password(keywords): what libpq finds in the environment or its password file for these: "host",
+ * "port", "dbname", "user", "passfile", "service". Nil: nothing. */
+static int password(lua_State *L) {
+  /* It looks before it connects; and to an address that is none it does not. */
+  enum { MOST = 7 };
+  const char *keywords[MOST + 1] = {"hostaddr", "host", "port", "dbname", "user", "passfile", "service"};
+  const char *values[MOST + 1] = {"?"};
+  const char *found;
+  char copy[1024];
+  PGconn *pg;
+  lua_settop(L, 1);
+  for (int i = 1; i < MOST; i++) {
+    lua_getfield(L, 1, keywords[i]);
+    values[i] = lua_tostring(L, -1); /* stays on the stack */
+  }
+  pg = PQconnectStartParams(keywords, values, 0);
+  found = pg != NULL ? PQpass(pg) : NULL;
+  snprintf(copy, sizeof copy, "%s", found != NULL ? found : "");
+  PQfinish(pg);
+  if (*copy != '\0')
+    lua_pushstring(L, copy);
+  else
+    lua_pushnil(L);
+  return 1;
+}
+
 /* keep_alive(fd, keywords): sets on a socket that libpq does not see what libpq would set. */
 static int keep_alive(lua_State *L) {
   static const struct {
@@ -713,6 +739,7 @@ static const luaL_Reg functions[] = {{"await", await},
                                      {"is_free", is_free},
                                      {"is_idle", is_idle},
                                      {"keep_alive", keep_alive},
+                                     {"password", password},
                                      {"rollback", rollback},
                                      {"run", run},
                                      {"step", step},

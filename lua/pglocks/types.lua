@@ -405,6 +405,11 @@ function core.watch(conn) end
 ---@return string folder  of Unix sockets
 function core.default_host() end
 
+--- The password that libpq finds, in its environment or its password file.
+---@param keywords table<string, string>  `host`, `port`, `dbname`, `user`, `passfile` and `service`
+---@return string|nil password
+function core.password(keywords) end
+
 --- Sets on a socket that libpq does not see what libpq would set for these keywords.
 ---@param fd integer
 ---@param keywords table<string, string>

@@ -79,12 +79,13 @@ function server.try_start(settings, port)
   file:write(conf)
   file:close()
   self:command ""
-  support.wait_until("nginx to start", function()
+  local ok, err = pcall(support.wait_until, "nginx to start", function()
     local pid = io.open(self.prefix .. "/nginx.pid")
     self.pid = pid and tonumber(pid:read "*l")
     if pid then pid:close() end
     return self.pid
   end)
+  if not ok then error(err .. ": " .. support.read(self.prefix .. "/error.log")) end
   return self
 end
 
@@ -100,6 +101,16 @@ function server:get(path)
   local said = shell(("curl -s -m 30 -w '\n%%{http_code}' '%s'"):format(self:url(path)))
   local body, status = said:match "^(.*)\n(%d+)$"
   return body, tonumber(status)
+end
+
+--- Sends the GETs of a pattern of curl's, such as "/x?[1-100]", so many at a time. Returns how often
+--- each status came.
+function server:get_many(paths, at_a_time)
+  local statuses = {}
+  local said = shell(("curl -s --no-progress-meter -Z --parallel-max %d -m 60 -o /dev/null -w '%%{http_code}\n' '%s'"):format(
+    at_a_time, self:url(paths)))
+  for status in said:gmatch "%d+" do statuses[status] = (statuses[status] or 0) + 1 end
+  return statuses
 end
 
 --- Begins a GET in another process: { pid =, body() = waits for its end }.

@@ -133,16 +133,22 @@ end
 
 -- ---- connecting -------------------------------------------------------------------------
 
--- What a cosocket connects to, and how libpq would name it.
+-- What a cosocket connects to, how libpq would name it in a message, and which password is for it:
+-- libpq will see an address that is not the server's.
 local function address_of(keywords)
   local function given(keyword) return keywords[keyword] ~= "" and keywords[keyword] or nil end
   local host, port = given "hostaddr" or given "host" or core.default_host(), given "port" or "5432"
+  local name = given "host" or host
+  local password = given "password" or core.password {
+    host = name, port = port, dbname = keywords.dbname, user = keywords.user,
+    passfile = keywords.passfile, service = keywords.service,
+  }
   if host:sub(1, 1) == "/" then
     local path = ("%s/.s.PGSQL.%s"):format(host, port)
-    return { "unix:" .. path }, ('connection to server on socket "%s" failed: '):format(path)
+    return { "unix:" .. path }, ('connection to server on socket "%s" failed: '):format(path), password
   end
   return { host, tonumber(port) },
-    ('connection to server at "%s", port %s failed: '):format(given "host" or host, port)
+    ('connection to server at "%s", port %s failed: '):format(name, port), password
 end
 
 local function connect_socket(pump, pool_options)
@@ -168,7 +174,7 @@ local connections = 0
 function scheduler.connect(keywords, seconds, on_lost)
   check_phase()
   local deadline = core.now() + seconds
-  local address, where = address_of(keywords)
+  local address, where, password = address_of(keywords)
   connections = connections + 1
   local pump = {
     address = address,
@@ -184,9 +190,9 @@ function scheduler.connect(keywords, seconds, on_lost)
   if descriptor_of then core.keep_alive(descriptor_of(socket), keywords) end
   pump.socket = socket
 
-  local libpq = { gssencmode = "disable" }
+  local libpq = { gssencmode = "disable", password = password }
   for keyword, value in pairs(keywords) do
-    if keyword ~= "port" and keyword ~= "hostaddr" and keyword ~= "gssencmode" then
+    if keyword ~= "port" and keyword ~= "hostaddr" and keyword ~= "gssencmode" and keyword ~= "password" then
       libpq[keyword] = value
     end
   end
