@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test contended lint sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test long contended lint sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) build/failing_malloc.so
 
 # $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
@@ -74,6 +74,10 @@ test:
 	@tools/install-deps test
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+# Every allocation fails once, 500 coroutines wait, processes contend for longer.
+long:
+	@$(MAKE) -s --no-print-directory test PGLOCKS_TEST_SIZE=5
 
 # For long runs by hand: the races that one run of the specs may miss.
 ROUNDS ?= 200
@@ -137,11 +141,12 @@ help:
 	@echo "make            build for Lua 5.4 and LuaJIT, into build/"
 	@echo "make demo       see it work, on a PostgreSQL of its own"
 	@echo "make test       run the specs under both; SPEC=file TEST_ARGS=--filter=name RUNTIMES=5.4|jit"
+	@echo "make long       the same, with more rounds in those that could always do more"
 	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"
 	@echo "make rock       build and load the rock, for both"
-	@echo "make bench-nginx  locks inside nginx beside a plain cosocket; SHORT=1 ONLY=part"
-	@echo "make bench-loops  locks in event loops beside blocking, and while many wait; SHORT=1 RUNTIMES=5.4|jit"
+	@echo "make bench-nginx  compare with a plain cosocket inside nginx; SHORT=1 ONLY=part"
+	@echo "make bench-loops  compare event loops with blocking, and wait in many coroutines; SHORT=1 RUNTIMES=5.4|jit"
 	@echo "make clean      remove build/"

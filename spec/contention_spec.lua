@@ -1,15 +1,13 @@
 -- Several processes that want the same locks at the same time, on one server. Every wait has a
 -- timeout, so that a fault shows as a failure and never as a test that hangs.
---
--- PGLOCKS_TEST_SIZE (1) is the factor of how much each test does: `make contended` repeats these
--- tests many times, each of them short.
+-- `make contended` repeats these tests many times, each of them short.
 
 local support = require "spec.support"
 
 local core = support.core
 local KEYS = { -205618829, { 7, -42 } }
 
-local size = (tonumber(os.getenv "PGLOCKS_TEST_SIZE") or 1) / support.slow
+local size = support.size
 math.randomseed(os.time() + math.floor(core.now() * 1000) % 1000000)
 
 --- So many rounds, or a part of them, as the size says.

@@ -377,7 +377,7 @@ local function under(name, loop)
     -- ---- many -----------------------------------------------------------------------------
 
     it("many coroutines wait while a ticker goes on", function()
-      local n = support.slow > 1 and 20 or 100
+      local n = math.ceil(math.max(20, 100 * support.size))
       local got, ticks = 0, 0
       loop.run(function()
         local holder = connect()

@@ -7,6 +7,9 @@ local support = {}
 
 --- A factor for patience where everything is slower (valgrind, sanitizers).
 support.slow = tonumber(os.getenv "PGLOCKS_TEST_SLOW") or 1
+
+--- A factor for how much a test does that could always do more. `make long` says 5.
+support.size = (tonumber(os.getenv "PGLOCKS_TEST_SIZE") or 1) / support.slow
 support.conninfo = assert(os.getenv "PGLOCKS_TEST_CONNINFO",
   "no server: run the specs with `make test`")
 support.is_jit = rawget(_G, "jit") ~= nil
