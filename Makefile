@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test long contended lint sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test long contended lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) build/failing_malloc.so
 
 # $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
@@ -86,10 +86,11 @@ contended:
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/contended $(ROUNDS)
 
+sanitizers: build/forget_preload.so $(runtimes:%=build/%/alloc) $(runtimes:%=build/asan-%/pglocks/core.so)
+
 sanitize:
 	@tools/install-deps test
-	@$(MAKE) -s --no-print-directory build/forget_preload.so $(runtimes:%=build/%/alloc) \
-	  build/asan-5.4/pglocks/core.so build/asan-jit/pglocks/core.so
+	@$(MAKE) -s --no-print-directory sanitizers
 	@PGLOCKS_BUILD=asan- PGLOCKS_TEST_SLOW=4 \
 	LSAN_OPTIONS=print_suppressions=0$(addprefix :suppressions=$(CURDIR)/,$(wildcard tools/lsan.supp)) \
 	PGLOCKS_UNDER="env LD_PRELOAD=$$($(CC) -print-file-name=libasan.so):$(CURDIR)/build/forget_preload.so" \
