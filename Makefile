@@ -75,7 +75,7 @@ test:
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
 
-# Every allocation fails once, 500 coroutines wait, processes contend for longer.
+# Every allocation of Lua fails once, 500 coroutines wait, processes contend for longer.
 long:
 	@$(MAKE) -s --no-print-directory test PGLOCKS_TEST_SIZE=5
 

@@ -126,6 +126,14 @@ function support.signal(name, pid)
   assert(result == true or result == 0, "kill failed")
 end
 
+--- What a command of the shell prints, also to stderr.
+function support.shell(command)
+  local pipe = assert(io.popen("{ " .. command .. "; } 2>&1"))
+  local said = pipe:read "*a"
+  pipe:close()
+  return said
+end
+
 local function quote(text) return "'" .. tostring(text):gsub("'", [['\'']]) .. "'" end
 
 -- As a program would find the server: libpq's environment.

@@ -3,16 +3,9 @@
 local support = require "spec.support"
 local server = require "spec.nginx.server"
 
-local observe, wait_until = support.observe, support.wait_until
+local observe, shell, wait_until = support.observe, support.shell, support.wait_until
 
 if not server.available() then return end -- nginx_spec.lua says so
-
-local function shell(command)
-  local pipe = assert(io.popen("{ " .. command .. "; } 2>&1"))
-  local said = pipe:read "*a"
-  pipe:close()
-  return said
-end
 
 -- Answers every question about *.example with 127.0.0.1, but that for nowhere.example.
 local NAME_SERVER = [[

@@ -3,7 +3,7 @@
 local support = require "spec.support"
 local server = require "spec.nginx.server"
 
-local wait_until = support.wait_until
+local shell, wait_until = support.shell, support.wait_until
 
 local ROOT = assert(io.popen "pwd"):read "*l"
 local KEEPS_TEMPORARY_FILES = ""
@@ -14,13 +14,6 @@ local FINDS_PGLOCKS = ([[
   lua_package_path "%s/lua/?.lua;%s/lua/?/init.lua;;";
   lua_package_cpath "%s/build/%sjit/?.so;;";
 ]]):format(ROOT, ROOT, ROOT, os.getenv "PGLOCKS_BUILD_OF_NGINX" or "")
-
-local function shell(command)
-  local pipe = assert(io.popen(command .. " 2>&1"))
-  local said = pipe:read "*a"
-  pipe:close()
-  return said
-end
 
 -- Each of them must be there.
 local function substituted(text, replacements)

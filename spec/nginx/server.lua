@@ -6,6 +6,8 @@
 
 local support = require "spec.support"
 
+local shell = support.shell
+
 local server = {}
 server.__index = server
 
@@ -37,13 +39,6 @@ http {
   }
 }
 ]]
-
-local function shell(command)
-  local pipe = assert(io.popen(command .. " 2>&1"))
-  local said = pipe:read "*a"
-  pipe:close()
-  return said
-end
 
 --- Is there an nginx with ngx_lua? It loads the build for LuaJIT, whatever runs the specs.
 function server.available()
@@ -107,8 +102,8 @@ end
 --- each status came.
 function server:get_many(paths, at_a_time)
   local statuses = {}
-  local said = shell(("curl -s --no-progress-meter -Z --parallel-max %d -m 60 -o /dev/null -w '%%{http_code}\n' '%s'"):format(
-    at_a_time, self:url(paths)))
+  local said = shell(("curl -Z --parallel-max %d -s --no-progress-meter -m 60 -o /dev/null -w '%%{http_code}\n' '%s'")
+    :format(at_a_time, self:url(paths)))
   for status in said:gmatch "%d+" do statuses[status] = (statuses[status] or 0) + 1 end
   return statuses
 end
