@@ -8,6 +8,8 @@ local core = support.core
 local KEYS = { -205618829, { 7, -42 } }
 
 local size = support.size
+-- Under valgrind a process takes seconds to start.
+local is_costly = support.slow >= 10
 math.randomseed(os.time() + math.floor(core.now() * 1000) % 1000000)
 
 --- So many rounds, or a part of them, as the size says.
@@ -178,7 +180,7 @@ describe("processes that contend for a lock", function()
   after_each(support.finish)
 
   it("are alone while they hold it: no increment of a shared counter is lost", function()
-    local path, processes, each = temporary(), 8, rounds(100)
+    local path, processes, each = temporary(), is_costly and 4 or 8, rounds(100)
     write(path, "0")
     finish(start(processes, [[
       local function increment()
@@ -217,7 +219,7 @@ describe("processes that contend for a lock", function()
 
   for kind, key in pairs { ["a 64-bit key"] = "-205618829", ["a pair"] = "{ 7, -42 }" } do
     it("exclude each other as their modes say (" .. kind .. ")", function()
-      local path, processes = temporary(), 6
+      local path, processes = temporary(), is_costly and 3 or 6
       finish(start(processes, "local KEY, PROCESSES = " .. key .. ", " .. processes .. [[
 
         local history = assert(io.open(path, "a"))
@@ -256,34 +258,36 @@ describe("processes that contend for a lock", function()
     end)
   end
 
-  it("are served in the order in which they came", function()
-    for _ = 1, rounds(4, 1) do
-      local path = os.tmpname()
-      local holder = support.connect()
-      local lock = holder:lock "queue"
-      local waiters = {}
-      -- a shared one does not overtake the exclusive one before it; two in a row go in together
-      for i, mode in ipairs { "exclusive", "exclusive", "shared", "shared", "exclusive", "shared" } do
-        waiters[i] = spawn([[
-          local conn = support.connect()
-          print(conn.backend_pid)
-          local lock = conn:lock("queue",
-            { shared = mode == "shared", timeout = number % 2 == 0 and 60 or nil })
-          local file = assert(io.open(path, "a"))
-          file:write(("%d"):format(number))
-          file:close()
-          lock:release()
-          print "done"
-        ]], i, path, 0, mode)
-        support.wait_until_waiting(backend_of(waiters[i]))
+  if not is_costly then -- the queue is the server's: nothing of ours to look for
+    it("are served in the order in which they came", function()
+      for _ = 1, rounds(4, 1) do
+        local path = os.tmpname()
+        local holder = support.connect()
+        local lock = holder:lock "queue"
+        local waiters = {}
+        -- a shared one does not overtake the exclusive one before it; two in a row go in together
+        for i, mode in ipairs { "exclusive", "exclusive", "shared", "shared", "exclusive", "shared" } do
+          waiters[i] = spawn([[
+            local conn = support.connect()
+            print(conn.backend_pid)
+            local lock = conn:lock("queue",
+              { shared = mode == "shared", timeout = number % 2 == 0 and 60 or nil })
+            local file = assert(io.open(path, "a"))
+            file:write(("%d"):format(number))
+            file:close()
+            lock:release()
+            print "done"
+          ]], i, path, 0, mode)
+          support.wait_until_waiting(backend_of(waiters[i]))
+        end
+        lock:release()
+        finish(waiters)
+        local order = read(path)
+        os.remove(path)
+        assert.is_true(order == "123456" or order == "124356", order)
       end
-      lock:release()
-      finish(waiters)
-      local order = read(path)
-      os.remove(path)
-      assert.is_true(order == "123456" or order == "124356", order)
-    end
-  end)
+    end)
+  end
 end)
 
 -- ---- death ------------------------------------------------------------------------------
