@@ -605,7 +605,7 @@ static int password(lua_State *L) {
   const char *keywords[MOST + 1] = {"hostaddr", "host", "port", "dbname", "user", "passfile", "service"};
   const char *values[MOST + 1] = {"?"};
   const char *found;
-  char copy[1024];
+  char copy[4096]; /* before Lua may throw */
   PGconn *pg;
   lua_settop(L, 1);
   for (int i = 1; i < MOST; i++) {
@@ -614,7 +614,7 @@ static int password(lua_State *L) {
   }
   pg = PQconnectStartParams(keywords, values, 0);
   found = pg != NULL ? PQpass(pg) : NULL;
-  snprintf(copy, sizeof copy, "%s", found != NULL ? found : "");
+  snprintf(copy, sizeof copy, "%s", found != NULL && strlen(found) < sizeof copy ? found : "");
   PQfinish(pg);
   if (*copy != '\0')
     lua_pushstring(L, copy);
