@@ -129,7 +129,7 @@ bench-nginx:
 bench-loops:
 	@tools/install-deps test
 	@$(MAKE) -s --no-print-directory $(runtimes:%=build/%/pglocks/core.so)
-	@tools/with-postgres sh -ec 'for runtime in $(runtimes); do tools/lua $$runtime bench/loops.lua; done'
+	@tools/with-postgres sh -ec 'for runtime in $(or $(RUNTIMES),$(runtimes)); do tools/lua $$runtime bench/loops.lua; done'
 
 build/bench/%: bench/nginx/%.c Makefile
 	@mkdir -p $(@D)

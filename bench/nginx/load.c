@@ -96,7 +96,8 @@ static void finish(struct client *client, bool success) {
       in_time++;
       note(client, at);
     }
-    if (!success && failed++ < COMPLAINTS) fprintf(stderr, "load: %.*s\n", (int)strcspn(client->answer, "\r"), client->answer);
+    if (!success && failed++ < COMPLAINTS)
+      fprintf(stderr, "load: %.*s\n", (int)strcspn(client->answer, "\r"), client->answer);
   }
   client->asked = false;
   client->next_at = at + pause_seconds;
