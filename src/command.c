@@ -8,6 +8,7 @@
 #include <string.h>
 
 #define NO_STATEMENT (-1)
+#define SQL_SIZE 1536 /* room for any of ours, with a comment */
 
 enum { INT4_OID = 23, INT8_OID = 20, TEXT_OID = 25 };
 
@@ -136,13 +137,23 @@ static void put_uint32(char *to, uint32_t n) {
   to[3] = (char)n;
 }
 
+/* Behind a pooler another session may answer, and hold locks of others: there a statement acts only
+ * in the session that it is meant for, and a second column says whether that was it. */
+static const char *in_own_session(const struct session *s, const char *sql, char buffer[SQL_SIZE]) {
+  static const char own[] = "pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ";
+  if (!s->pooled) return sql;
+  snprintf(buffer, SQL_SIZE, "SELECT CASE WHEN %s%d THEN (%s) END, %s%d", own, s->backend_pid, sql,
+           own, s->backend_pid);
+  return buffer;
+}
+
 void command_statement(struct session *s, enum verb verb, const struct key *key, bool shared,
                        const char *milliseconds, const char *comment, struct holding *holding) {
   bool pair = key->objsubid == 2;
   int id = (int)verb * 4 + shared * 2 + pair;
   int n = 1 + pair;
-  bool written = true;
-  char binary[8];
+  bool written = true, prepared = comment == NULL && !s->pooled;
+  char binary[8], sql[SQL_SIZE], own[SQL_SIZE];
   const char *values[3] = {binary, binary + 4, NULL};
   Oid types[3] = {INT4_OID, INT4_OID, TEXT_OID};
   int lengths[3] = {4, 4, 0}, formats[3] = {1, 1, 0};
@@ -160,7 +171,7 @@ void command_statement(struct session *s, enum verb verb, const struct key *key,
     formats[n] = 0;
     n++;
   }
-  if (comment == NULL) {
+  if (prepared) {
     c->statement = id;
     if (!(s->prepared & (1u << id))) {
       written = PQsendPrepare(s->pg, statements[id].name, statements[id].sql, n, types);
@@ -169,12 +180,12 @@ void command_statement(struct session *s, enum verb verb, const struct key *key,
     }
   }
   written = written && send_before(s);
-  if (comment == NULL)
+  if (prepared)
     written = written && PQsendQueryPrepared(s->pg, statements[id].name, n, values, lengths,
                                              formats, 0);
   else { /* a comment is of one call: such a statement is not worth preparing */
-    char sql[1024];
-    int length = snprintf(sql, sizeof sql, "%s%s", comment, statements[id].sql);
+    int length = snprintf(sql, sizeof sql, "%s%s", comment != NULL ? comment : "",
+                          in_own_session(s, statements[id].sql, own));
     written = written && length > 0 && (size_t)length < sizeof sql &&
               PQsendQueryParams(s->pg, sql, n, types, values, lengths, formats, 0);
   }
@@ -184,8 +195,8 @@ void command_statement(struct session *s, enum verb verb, const struct key *key,
 void command_guard(struct session *s, enum guard guard, const struct key *key, bool shared,
                    struct holding *settles) {
   static const Oid types[2] = {26, 26}; /* oid: what pg_locks has */
-  char binary[8];
-  const char *values[2] = {binary, binary + 4};
+  char binary[8], own[SQL_SIZE];
+  const char *sql, *values[2] = {binary, binary + 4};
   const int lengths[2] = {4, 4}, formats[2] = {1, 1};
   struct command *c = command_begin(s, settles);
   bool written;
@@ -193,10 +204,9 @@ void command_guard(struct session *s, enum guard guard, const struct key *key, b
   c->settles = true;
   put_uint32(binary, key->classid);
   put_uint32(binary + 4, key->objid);
+  sql = in_own_session(s, guards[shared][guard][key->objsubid == 2], own);
   written = send_before(s) &&
-            PQsendQueryParams(s->pg, guards[shared][guard][key->objsubid == 2], 2, types, values,
-                              lengths, formats, 0) &&
-            send_after(s);
+            PQsendQueryParams(s->pg, sql, 2, types, values, lengths, formats, 0) && send_after(s);
   command_end(s, c, written);
 }
 
@@ -204,6 +214,15 @@ void command_simple(struct session *s, const char *first, const char *second) {
   struct command *c = command_begin(s, NULL);
   if (c == NULL) return;
   command_end(s, c, send_sql(s, first) && (second == NULL || send_sql(s, second)));
+}
+
+void command_unlock_all(struct session *s) {
+  char own[SQL_SIZE];
+  const char *unlock = in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own);
+  if (s->in_transaction)
+    command_simple(s, "ROLLBACK", unlock);
+  else
+    command_simple(s, unlock, NULL);
 }
 
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values) {
@@ -268,12 +287,17 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
   }
 }
 
-static void note_value(struct command *c, const PGresult *result) {
-  if (PQntuples(result) < 1 || PQnfields(result) < 1) return;
+/* False: another session answered than the one that the command was meant for. */
+static bool note_value(struct session *s, struct command *c, const PGresult *result) {
+  if (s->pooled && !c->keep_result && PQnfields(result) == 2 && PQntuples(result) == 1 &&
+      *PQgetvalue(result, 0, 1) != 't')
+    return false;
+  if (PQntuples(result) < 1 || PQnfields(result) < 1) return true;
   if (PQgetisnull(result, 0, 0))
     c->answer.value = VALUE_NULL;
   else if (PQgetlength(result, 0, 0) == 1)
     c->answer.value = *PQgetvalue(result, 0, 0) == 't' ? VALUE_TRUE : VALUE_FALSE;
+  return true;
 }
 
 static void command_answered(struct session *s, struct command *c) {
@@ -301,7 +325,12 @@ static void take_result(struct session *s, PGresult *result) {
     command_answered(s, c);
     return;
   case PGRES_TUPLES_OK:
-    note_value(c, result);
+    if (!note_value(s, c, result)) {
+      PQclear(result);
+      session_lose(s, POOLED, "", "the connection pooler answered from another session than the one"
+                                  " that holds the locks; the connection was closed");
+      return;
+    }
     /* fall through */
   case PGRES_COMMAND_OK:
   case PGRES_EMPTY_QUERY:

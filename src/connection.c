@@ -2,12 +2,15 @@
 #include "pglocks.h"
 
 #include <arpa/inet.h>
+#include <errno.h>
+#include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 #define CONNINFO_TYPE "pglocks conninfo"
@@ -452,19 +455,11 @@ static int finish(lua_State *L) {
   return s->op.kind->finish(L, s);
 }
 
-static void closing_send(struct session *s) {
-  static const char unlock_all[] = "SELECT pg_catalog.pg_advisory_unlock_all()";
-  if (s->in_transaction)
-    command_simple(s, "ROLLBACK", unlock_all);
-  else
-    command_simple(s, unlock_all, NULL);
-}
-
 static void closing_advance(struct session *s) {
   struct operation *op = &s->op;
   if (op->answer.failed && op->answer.failure.code == INTERRUPTED &&
       op->rounds++ < CANCELLED_AT_MOST) {
-    closing_send(s);
+    command_unlock_all(s);
     return;
   }
   operation_done(s, NO_ERROR, "", NULL);
@@ -483,7 +478,7 @@ static const struct operation_kind closing = {"close", false, closing_advance, c
 static void closing_begin(struct session *s) {
   operation_begin(s, &closing, monotonic_now() + s->reply_timeout);
   if (s->holding_count > 0 || s->in_transaction)
-    closing_send(s);
+    command_unlock_all(s);
   else
     closing_advance(s);
 }
@@ -595,6 +590,57 @@ static int default_host(lua_State *L) {
   PQfinish(pg);
   lua_pushstring(L, copy);
   return 1;
+}
+
+/* addresses(host): the numeric addresses of a host's name, in the order of preference; nil: it has
+ * none, or is the folder of a Unix socket. */
+static int addresses(lua_State *L) {
+  const char *host = luaL_optstring(L, 1, "");
+  struct addrinfo hints = {.ai_family = AF_UNSPEC, .ai_socktype = SOCK_STREAM}, *found = NULL;
+  char(*list)[NI_MAXHOST];
+  int n = 0;
+  enum { MOST = 16 };
+  if (*host == '\0' || *host == '/' || *host == '@') return 0;
+  list = lua_newuserdata(L, MOST * sizeof *list); /* before Lua may throw */
+  if (getaddrinfo(host, NULL, &hints, &found) != 0) return 0;
+  for (const struct addrinfo *a = found; a != NULL && n < MOST; a = a->ai_next)
+    if (getnameinfo(a->ai_addr, a->ai_addrlen, list[n], sizeof *list, NULL, 0, NI_NUMERICHOST) == 0)
+      n++;
+  freeaddrinfo(found);
+  if (n == 0) return 0;
+  lua_createtable(L, n, 0);
+  for (int i = 0; i < n; i++) {
+    lua_pushstring(L, list[i]);
+    lua_rawseti(L, -2, i + 1);
+  }
+  return 1;
+}
+
+/* is_transient(message): does it say that there was nobody, or nobody who answered, where there may
+ * be somebody soon? libpq and nginx give no other hint than the system's text. */
+static int is_transient(lua_State *L) {
+  static const int errors[] = {ECONNREFUSED, ENOENT,      ECONNRESET,  ECONNABORTED, EPIPE,
+                               ETIMEDOUT,    EHOSTUNREACH, ENETUNREACH, EAGAIN};
+  static const char *const texts[] = {"server closed the connection", "no connection within",
+                                      "timeout"};
+  const char *message = luaL_checkstring(L, 1);
+  bool found = false;
+  for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)
+    found = found || strcasestr(message, strerror(errors[i])) != NULL;
+  for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+    found = found || strcasestr(message, texts[i]) != NULL;
+  lua_pushboolean(L, found);
+  return 1;
+}
+
+/* sleep(seconds): at most; a signal ends it, so that the interpreter gets to see that. */
+static int sleep_blocking(lua_State *L) {
+  double seconds = luaL_checknumber(L, 1);
+  struct timespec time;
+  time.tv_sec = (time_t)seconds;
+  time.tv_nsec = (long)((seconds - (double)time.tv_sec) * 1e9);
+  ppoll(NULL, 0, &time, NULL);
+  return 0;
 }
 
 /* password(keywords): what libpq finds in the environment or its password file for these: "host",
@@ -728,7 +774,8 @@ static const luaL_Reg connection_methods[] = {{"alive", connection_alive},
 static const luaL_Reg starters[] = {
     {"connect", start_connect}, {"close", start_close}, {NULL, NULL}};
 
-static const luaL_Reg functions[] = {{"await", await},
+static const luaL_Reg functions[] = {{"addresses", addresses},
+                                     {"await", await},
                                      {"awaits", awaits},
                                      {"configure", configure},
                                      {"conninfo", conninfo},
@@ -738,10 +785,12 @@ static const luaL_Reg functions[] = {{"await", await},
                                      {"in_transaction", in_transaction},
                                      {"is_free", is_free},
                                      {"is_idle", is_idle},
+                                     {"is_transient", is_transient},
                                      {"keep_alive", keep_alive},
                                      {"password", password},
                                      {"rollback", rollback},
                                      {"run", run},
+                                     {"sleep", sleep_blocking},
                                      {"step", step},
                                      {"take", take},
                                      {"waiter", waiter},

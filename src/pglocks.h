@@ -168,6 +168,8 @@ void command_statement(struct session *s, enum verb verb, const struct key *key,
 void command_guard(struct session *s, enum guard guard, const struct key *key, bool shared,
                    struct holding *settles);
 void command_simple(struct session *s, const char *first, const char *second);
+/* Ends the transaction, if one is open, and lets everything go. */
+void command_unlock_all(struct session *s);
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
 void command_sync(struct session *s);
 /* Ends the transaction without waiting; what comes next finds it ended. */

@@ -227,17 +227,61 @@ void session_receive_notice(void *session, const PGresult *notice) {
 
 /* ---- cancelling ------------------------------------------------------------------------ */
 
-/* PQcancel blocks, without limit if the server hangs: a detached thread makes the request and
- * tells by an eventfd. Nothing may be sent before it has finished, or it would hit that. */
+/* A detached thread makes the request and tells by an eventfd. Nothing may be sent before it has
+ * finished, or it would hit that. It goes on where the session is given up meanwhile. */
 struct cancel {
+#ifdef LIBPQ_HAS_ASYNC_CANCEL
+  PGcancelConn *request;
+#else
   PGcancel *request;
+#endif
+  double deadline; /* monotonic seconds */
   int fd;
   int refs; /* the session and the thread */
 };
 
+#ifdef LIBPQ_HAS_ASYNC_CANCEL /* libpq 17: encrypted as the connection is, and bounded */
+static void ignore_notice(void *nothing, const PGresult *notice) {
+  (void)nothing;
+  (void)notice;
+}
+
+/* The request inherits the notice receiver, and may outlive the session that this is for. */
+static void cancel_create(struct cancel *cancel, struct session *s) {
+  PQnoticeReceiver receiver = PQsetNoticeReceiver(s->pg, ignore_notice, NULL);
+  cancel->request = PQcancelCreate(s->pg);
+  PQsetNoticeReceiver(s->pg, receiver, s);
+}
+
+static void cancel_free(struct cancel *cancel) { PQcancelFinish(cancel->request); }
+
+static void cancel_send(struct cancel *cancel) {
+  PostgresPollingStatusType status =
+      PQcancelStart(cancel->request) ? PGRES_POLLING_WRITING : PGRES_POLLING_FAILED;
+  while (status == PGRES_POLLING_READING || status == PGRES_POLLING_WRITING) {
+    struct pollfd wait = {PQcancelSocket(cancel->request),
+                          status == PGRES_POLLING_READING ? POLLIN : POLLOUT, 0};
+    double left = cancel->deadline - monotonic_now();
+    if (left <= 0 || (poll(&wait, 1, (int)(left * 1000) + 1) < 0 && errno != EINTR)) return;
+    if (wait.revents != 0) status = PQcancelPoll(cancel->request);
+  }
+}
+#else /* PQcancel blocks, without limit where the server hangs: its session then gives up */
+static void cancel_create(struct cancel *cancel, struct session *s) {
+  cancel->request = PQgetCancel(s->pg);
+}
+
+static void cancel_free(struct cancel *cancel) { PQfreeCancel(cancel->request); }
+
+static void cancel_send(struct cancel *cancel) {
+  char error[256];
+  PQcancel(cancel->request, error, sizeof error);
+}
+#endif
+
 static void cancel_unref(struct cancel *cancel) {
   if (__atomic_sub_fetch(&cancel->refs, 1, __ATOMIC_ACQ_REL) > 0) return;
-  PQfreeCancel(cancel->request);
+  cancel_free(cancel);
   close(cancel->fd);
   free(cancel);
 }
@@ -245,8 +289,7 @@ static void cancel_unref(struct cancel *cancel) {
 static void *cancel_thread(void *arg) {
   struct cancel *cancel = arg;
   uint64_t one = 1;
-  char error[256];
-  PQcancel(cancel->request, error, sizeof error);
+  cancel_send(cancel);
   if (write(cancel->fd, &one, sizeof one) < 0) { /* cannot happen: an eventfd at 0 */
   }
   cancel_unref(cancel);
@@ -273,7 +316,8 @@ bool cancel_begin(struct session *s) {
   if (cancel == NULL) return false;
   cancel->refs = 2;
   cancel->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  cancel->request = PQgetCancel(s->pg);
+  cancel->deadline = monotonic_now() + s->reply_timeout;
+  cancel_create(cancel, s);
   pthread_attr_init(&detached);
   pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
   sigfillset(&all); /* signals are for the threads of the program */

@@ -6,10 +6,15 @@ local scheduled = require "pglocks.scheduled"
 
 core.own_source(debug.getinfo(1, "S").source)
 
-local HOST_TIMEOUT = 5 -- seconds for each host, where connect_timeout does not say
+-- Seconds.
+local HOST_TIMEOUT = 5 -- for each host, where connect_timeout does not say
+local FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1 -- between two rounds over the hosts
+local TOO_LATE = 0.05 -- before the deadline, for another round
+local LONGEST_LEASE = 2147483647 -- milliseconds, as PostgreSQL counts them
+local SERVER_FREES = 30 -- a vanished client's locks, by the settings below
 
 -- The client must notice a vanished server before the server gives up a vanished client: here
--- after about 10 s, there after about 30 s.
+-- after about 10 s, there after about 30 s (SERVER_FREES).
 local CLIENT_DEFAULTS = {
   fallback_application_name = "pglocks",
   keepalives = "1",
@@ -26,8 +31,9 @@ local CLIENT_DEFAULTS = {
 local HANDSHAKE = [[
 SELECT pg_catalog.pg_backend_pid() AS backend_pid, pg_catalog.pg_is_in_recovery() AS standby,
   pg_catalog.count(pg_catalog.set_config(v.name, v.value, false)) AS settings
-FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'), ('idle_session_timeout', '0'),
-  ('idle_in_transaction_session_timeout', '0'), ('transaction_timeout', '0'),
+FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'), ('transaction_timeout', '0'),
+  ('idle_session_timeout', $2::pg_catalog.text),
+  ('idle_in_transaction_session_timeout', $2::pg_catalog.text),
   ('client_connection_check_interval', '5000'), ('tcp_keepalives_idle', '15'),
   ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'), ('tcp_user_timeout', '30000')
 ) v(name, value)
@@ -48,6 +54,7 @@ local OPTIONS = {
   release = { function(v) return v == "confirmed" or v == "deferred" end,
     '"confirmed" or "deferred"' },
   allow_standby = { function(v) return type(v) == "boolean" end, "a boolean" },
+  lease = { seconds, "seconds, more than 0" },
   pooled = { function(v) return v == "session" end, '"session"' },
   pool_size = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
     "an integer, at least 1" },
@@ -94,6 +101,45 @@ local function add_conninfo(string, keywords)
   for keyword, value in pairs(parsed) do keywords[keyword] = value end
 end
 
+-- Only a network can part a client from its server without a word.
+local function is_remote(keywords)
+  local host = keywords.host or core.conninfo().host or ""
+  for name in (keywords.hostaddr or host .. ","):gmatch "([^,]+)" do
+    if not name:find "^[/@]" then return true end
+  end
+  return false
+end
+
+-- Seconds after which the client's kernel gives up a connection whose server does not answer: by
+-- TCP_USER_TIMEOUT at the next keepalive probe, or else after so many probes.
+local function noticed_after(keywords)
+  local function number(keyword)
+    return tonumber(keywords[keyword] or CLIENT_DEFAULTS[keyword]) or 0
+  end
+  local idle, interval = number "keepalives_idle", number "keepalives_interval"
+  local count, user_timeout = number "keepalives_count", number "tcp_user_timeout" / 1000
+  if number "keepalives" == 0 or idle <= 0 or interval <= 0 then return math.huge end
+  if user_timeout > 0 then
+    return idle + math.max(1, math.ceil((user_timeout - idle) / interval)) * interval
+  end
+  return count > 0 and idle + count * interval or math.huge
+end
+
+-- What is wrong with the times, if anything: the server must never be the first to give up.
+local function check_times(keywords, options)
+  if not is_remote(keywords) then return end
+  local noticed = noticed_after(keywords)
+  if noticed >= SERVER_FREES then
+    return ("keepalives and tcp_user_timeout: the client would notice a vanished server %s, and must"
+      .. " before the server frees its locks, after %g s")
+      :format(noticed < math.huge and ("after %g s"):format(noticed) or "never", SERVER_FREES)
+  elseif options.lease and options.lease <= noticed then
+    return ("option 'lease' must be more than the %g s after which the client notices a vanished"
+      .. " server: shorten keepalives_idle, keepalives_interval and tcp_user_timeout first")
+      :format(noticed)
+  end
+end
+
 --- Reads a description: nil, a conninfo string or URI, or a table of libpq's keywords and/or
 --- `conninfo`, and our options.
 ---@param described? string|pglocks.description
@@ -113,6 +159,7 @@ local function describe(described, scheduler)
   if not wrong and keywords.port and keywords.port:find "[^%d,]" then
     wrong = "keyword 'port' must be a number"
   end
+  wrong = wrong or check_times(keywords, options)
   if wrong then return nil, wrong end
   if options.scheduler == nil then options.scheduler = scheduler end
   return keywords, options
@@ -126,43 +173,61 @@ local function split(list)
   return items
 end
 
--- libpq's own walk over several hosts ignores the time: so it is given one at a time.
-local function each_host(keywords)
+-- libpq's own walk over several hosts, and over the addresses of one, ignores the time: so it is
+-- given one address at a time. `resolves`: the names are somebody else's to look up.
+local function each_address(keywords, resolves)
   local defaults = core.conninfo()
   local function given(keyword) return keywords[keyword] or defaults[keyword] or nil end
   local names, addresses, ports = split(given "host"), split(given "hostaddr"), split(given "port")
   local count = math.max(#names, #addresses)
   local attempts = {}
   for i = 1, count do
-    local one = {}
-    for keyword, value in pairs(CLIENT_DEFAULTS) do one[keyword] = value end
-    for keyword, value in pairs(keywords) do one[keyword] = value end
-    one.host = #names == count and names[i] or given "host"
-    one.hostaddr = #addresses == count and addresses[i] or given "hostaddr"
-    one.port = #ports == count and ports[i] or given "port"
-    one.connect_timeout = nil -- ours
-    attempts[i] = one
+    local host = #names == count and names[i] or given "host"
+    local address = #addresses == count and addresses[i] or given "hostaddr"
+    local found = not address and not resolves and core.addresses(host) or { address or false }
+    for _, one in ipairs(found) do
+      local attempt = {}
+      for keyword, value in pairs(CLIENT_DEFAULTS) do attempt[keyword] = value end
+      for keyword, value in pairs(keywords) do attempt[keyword] = value end
+      attempt.host, attempt.hostaddr = host, one or nil
+      attempt.port = #ports == count and ports[i] or given "port"
+      attempt.connect_timeout = nil -- ours
+      attempts[#attempts + 1] = attempt
+    end
   end
   return attempts, tonumber(given "connect_timeout")
 end
 
 -- ---- connecting -------------------------------------------------------------------------
 
+-- May it have gone by at the next try? A server that starts or stops says 57P03, one with too many
+-- clients 53300.
+local function is_transient(err)
+  return err.sqlstate == "57P03" or err.sqlstate == "53300"
+    or err.sqlstate == nil and core.is_transient(err.message)
+end
+
 -- A host that answers with anything else would not be mended by another one.
 local function try_next_host(err)
-  return err.sqlstate == nil or err.sqlstate == "57P03" or err.sqlstate == "53300"
-    or err.code == "standby"
+  return err.sqlstate == nil or is_transient(err) or err.code == "standby"
 end
 
 local function handshake(conn, options, time_left)
-  local row = scheduled.execute(conn, time_left, HANDSHAKE, conn.backend_pid)[1]
+  local idle = "0"
+  if options.lease then
+    if conn.server_version < 140000 then
+      core.raise("server", "a lease needs PostgreSQL 14 or newer")
+    end
+    idle = ("%.0f"):format(math.min(math.ceil(options.lease * 1000), LONGEST_LEASE))
+  end
+  local row = scheduled.execute(conn, time_left, HANDSHAKE, conn.backend_pid, idle)[1]
   if row.backend_pid ~= conn.backend_pid then
     core.configure(conn, { pooled = true, backend_pid = row.backend_pid })
     if options.pooled ~= "session" then
       core.raise("pooled", "this is a connection pooler, which may give one session to several"
         .. " clients; say pooled = \"session\" where it pools sessions only")
     end
-    scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid)
+    scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid, idle)
   end
   if row.standby and not options.allow_standby then
     core.raise("standby", "this server is a standby, and its locks are its own")
@@ -195,23 +260,46 @@ local function open(keywords, options, time_left)
   return nil, err
 end
 
---- Opens what `describe` has read, host after host.
----@return userdata connection
-local function connect(keywords, options)
-  local attempts, host_timeout = each_host(keywords)
-  local deadline = core.now() + (options.timeout or math.huge)
-  local messages, last = {}, nil
-  if not host_timeout or host_timeout <= 0 then host_timeout = HOST_TIMEOUT end
+-- One round over the addresses: a connection, or what they all said, and whether to try again.
+local function walk(attempts, options, host_timeout, deadline)
+  local messages, last, again = {}, nil, false
   for _, one in ipairs(attempts) do
     local time_left = math.min(host_timeout, deadline - core.now())
     if time_left <= 0 then break end
     local conn, err = open(one, options, time_left)
     if conn then return conn end
     messages[#messages + 1], last = err.message, err
-    if not try_next_host(err) then break end
+    again = is_transient(err) or again
+    if not try_next_host(err) then
+      again = false
+      break
+    end
   end
-  last.message = table.concat(messages, "; ")
-  error(last, 0)
+  if last then last.message = table.concat(messages, "; ") end
+  return nil, last, again
+end
+
+--- Opens what `describe` has read: address after address, and again from the first one while a
+--- server may only be starting, stopping or full, until the time is over.
+---@return userdata connection
+local function connect(keywords, options)
+  local scheduler = options.scheduler
+  local attempts, host_timeout = each_address(keywords, scheduler and scheduler.connect)
+  if not host_timeout or host_timeout <= 0 then host_timeout = HOST_TIMEOUT end
+  local deadline = core.now() + (options.timeout or host_timeout * #attempts)
+  local sleep = scheduler and scheduler.sleep or core.sleep
+  local pause, reason = FIRST_PAUSE, nil
+  while true do
+    local conn, err, again = walk(attempts, options, host_timeout, deadline)
+    if conn then return conn end
+    reason = err or reason
+    local left = deadline - core.now()
+    if not again or left < TOO_LATE then error(reason, 0) end
+    -- Not all at once, where many wait for one server; the program's random numbers are its own.
+    local jitter = core.now() * 1e5 % 1
+    sleep(math.min(pause * (0.5 + jitter), left / 2))
+    pause = math.min(pause * 2, LONGEST_PAUSE)
+  end
 end
 
 return { describe = describe, connect = connect }
