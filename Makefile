@@ -29,7 +29,8 @@ runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_I
 runtimes := $(or $(strip $(runtimes)),5.4)
 
 .PHONY: all demo test long contended lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
-all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) build/failing_malloc.so
+all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
+     build/failing_malloc.so build/jumping_clock.so
 
 # $(1): folder in build/, $(2): the folder of lua.h, $(3): flags. Each has objects of its own,
 # as one made for Lua 5.4 must never end up in LuaJIT.
@@ -62,6 +63,17 @@ $(eval $(call alloc,jit,$(LUAJIT_INCDIR),$(LUAJIT_LIBS)))
 build/failing_malloc.so: spec/alloc/failing_malloc.c Makefile
 	@mkdir -p $(@D)
 	$(CC) $(STANDARD) $(WARNINGS) $(CFLAGS) -fno-builtin -shared $(LDFLAGS) -o $@ $< -ldl
+
+# For the specs of faults: a module for both runtimes, and a library to preload.
+build/5.4/process.so: HEADERS = $(LUA_INCDIR)
+build/jit/process.so: HEADERS = $(LUAJIT_INCDIR)
+build/%/process.so: spec/faults/process.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=c99 -fPIC $(WARNINGS) $(CFLAGS) -I$(HEADERS) -shared $(LDFLAGS) -o $@ $<
+
+build/jumping_clock.so: spec/faults/jumping_clock.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -std=c99 -fPIC $(WARNINGS) $(CFLAGS) -shared $(LDFLAGS) -o $@ $<
 
 # What tools/install-deps installs is seen by a make that starts after it.
 demo:

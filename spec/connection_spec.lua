@@ -347,39 +347,3 @@ describe("a lost session", function()
     assert.is_false(conn:alive())
   end)
 end)
-
-if support.is_jit then
-  -- Only here is there a fork at hand.
-  local ffi = require "ffi"
-  ffi.cdef "int fork(void); int waitpid(int, int *, int); void _exit(int); int kill(int, int);"
-
-  describe("a forked child", function()
-    after_each(support.finish)
-
-    it("owns nothing, and says nothing to the server", function()
-      local conn = support.connect()
-      local lock = conn:lock "x"
-      local pid = ffi.C.fork()
-      if pid == 0 then
-        local refused = 0
-        for _, call in ipairs {
-          function() conn:lock "y" end, function() conn:query "SELECT 1" end,
-          function() lock:release() end, function() lock:check() end,
-        } do
-          local ok, err = pcall(call)
-          if not ok and err.code == "forked" then refused = refused + 1 end
-        end
-        local quiet = not lock:held() and not conn:alive()
-        lock, conn = nil, nil -- luacheck: ignore
-        collectgarbage()
-        collectgarbage()
-        ffi.C._exit(quiet and refused == 4 and 0 or refused + 1)
-      end
-      local status = ffi.new "int[1]"
-      ffi.C.waitpid(pid, status, 0)
-      assert.equal(0, status[0])
-      assert.is_true(lock:check())
-      assert.is_true(conn:ping())
-    end)
-  end)
-end

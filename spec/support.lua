@@ -161,12 +161,15 @@ end
 --- Starts `script` (Lua source; `...` are the arguments, strings) in another process with this
 --- runtime. The result has `pid`, `lines` (an iterator over what it prints, stderr included) and
 --- `close()`, which waits for its end.
-function support.spawn(script, ...)
+function support.spawn(script, ...) return support.spawn_with("", script, ...) end
+
+--- The same, with words of the shell before the interpreter: "env A=b".
+function support.spawn_with(words, script, ...)
   local path = os.tmpname()
   local file = assert(io.open(path, "w"))
   file:write(script)
   file:close()
-  local command = { "echo $$; exec", os.getenv "PGLOCKS_TEST_LUA" or "lua", path }
+  local command = { "echo $$; exec", words, os.getenv "PGLOCKS_TEST_LUA" or "lua", path }
   for i = 1, select("#", ...) do command[#command + 1] = quote((select(i, ...))) end
   local pipe = assert(io.popen(table.concat(command, " ") .. " 2>&1"))
   local process = { pid = assert(tonumber(pipe:read "*l")), lines = pipe:lines() }
@@ -203,6 +206,31 @@ function support.read(path)
   file:close()
   return text
 end
+
+-- ---- TLS --------------------------------------------------------------------------------
+
+-- It is off in the server of the specs, where elsewhere it would only take time.
+local function switch_tls(value)
+  support.observe("ALTER SYSTEM SET ssl = " .. value)
+  support.observe "SELECT pg_reload_conf()"
+  support.wait_until("ssl to be " .. value, function()
+    return support.observe("SHOW ssl")[1].ssl == value
+  end)
+end
+
+--- Has the server speak TLS, until support.without_tls(). Its certificate's file, for the name
+--- db.example. Only of a server of our own: there is a PGLOCKS_TEST_DATA.
+function support.with_tls()
+  local folder = os.getenv "PGLOCKS_TEST_DATA"
+  local said = support.shell(("cd %s && umask 077 && %s openssl req -x509 -newkey rsa:2048 -nodes -days 2"
+    .. " -subj /CN=db.example -addext subjectAltName=DNS:db.example -keyout server.key -out server.crt")
+    :format(folder, os.getenv "PGLOCKS_TEST_AS_SERVER" or ""))
+  assert(io.open(folder .. "/server.crt"), said):close()
+  switch_tls "on"
+  return folder .. "/server.crt"
+end
+
+function support.without_tls() switch_tls "off" end
 
 -- ---- the server's log -------------------------------------------------------------------
 

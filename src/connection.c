@@ -45,7 +45,7 @@ void slot_set(lua_State *L, int index, enum slot slot) {
 
 struct session *connection_check(lua_State *L, int index) {
   struct connection *c = check_userdata(L, index, CONNECTION_TYPE, sizeof *c, MAGIC);
-  if (c->session == NULL) argument_error(L, 0, "connection was never open");
+  if (c->session == NULL) luaL_argerror(L, index, "this connection was collected");
   return c->session;
 }
 
@@ -622,7 +622,7 @@ static int is_transient(lua_State *L) {
   static const int errors[] = {ECONNREFUSED, ENOENT,      ECONNRESET,  ECONNABORTED, EPIPE,
                                ETIMEDOUT,    EHOSTUNREACH, ENETUNREACH, EAGAIN};
   static const char *const texts[] = {"server closed the connection", "no connection within",
-                                      "timeout"};
+                                      "no answer from the server", "timeout"};
   const char *message = luaL_checkstring(L, 1);
   bool found = false;
   for (size_t i = 0; i < sizeof errors / sizeof *errors; i++)

@@ -200,11 +200,13 @@ end
 
 -- ---- connecting -------------------------------------------------------------------------
 
--- May it have gone by at the next try? A server that starts or stops says 57P03, one with too many
--- clients 53300.
+-- A server that stops, crashes, starts, or has too many clients.
+local TRANSIENT = { ["57P01"] = true, ["57P02"] = true, ["57P03"] = true, ["53300"] = true }
+
+-- May it have gone by at the next try?
 local function is_transient(err)
-  return err.sqlstate == "57P03" or err.sqlstate == "53300"
-    or err.sqlstate == nil and core.is_transient(err.message)
+  if err.sqlstate then return TRANSIENT[err.sqlstate] end
+  return core.is_transient(err.message)
 end
 
 -- A host that answers with anything else would not be mended by another one.
@@ -269,7 +271,7 @@ local function walk(attempts, options, host_timeout, deadline)
     local conn, err = open(one, options, time_left)
     if conn then return conn end
     messages[#messages + 1], last = err.message, err
-    again = is_transient(err) or again
+    again = again or is_transient(err)
     if not try_next_host(err) then
       again = false
       break

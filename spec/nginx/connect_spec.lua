@@ -23,21 +23,6 @@ local NAME_SERVER = [[
   uv.run()
 ]]
 
--- TLS is off in the server of the specs: elsewhere it would only take time.
-local function switch_tls(value)
-  observe("ALTER SYSTEM SET ssl = " .. value)
-  observe "SELECT pg_reload_conf()"
-  wait_until("ssl to be " .. value, function() return observe("SHOW ssl")[1].ssl == value end)
-end
-
-local function make_certificate(folder)
-  local said = shell(("cd %s && umask 077 && %s openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=db.example"
-    .. " -addext subjectAltName=DNS:db.example -keyout server.key -out server.crt")
-    :format(folder, os.getenv "PGLOCKS_TEST_AS_SERVER" or ""))
-  assert(io.open(folder .. "/server.crt"), said):close()
-  return folder .. "/server.crt"
-end
-
 local CONNECT = [[
   local ok, result = pcall(function()
     local conn = require "pglocks".connect { %s }
@@ -56,8 +41,7 @@ describe("a connection inside nginx", function()
 
   setup(function()
     if not data then return end
-    local certificate = make_certificate(data)
-    switch_tls "on"
+    local certificate = support.with_tls()
     names = support.spawn(NAME_SERVER)
     password_file = os.tmpname()
     local file = io.open(password_file, "w")
@@ -103,7 +87,7 @@ describe("a connection inside nginx", function()
     support.signal("TERM", names.pid)
     names.close()
     os.remove(password_file)
-    switch_tls "off"
+    support.without_tls()
     support.finish()
   end)
 
