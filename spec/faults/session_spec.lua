@@ -1,0 +1,282 @@
+-- What other SQL, other coroutines and other people's settings do to a session.
+
+local phases = require "spec.faults.phases"
+local support = require "spec.support"
+
+local function cancel(pid) support.observe("SELECT pg_cancel_backend($1)", pid) end
+
+describe("pg_cancel_backend", function()
+  after_each(support.finish)
+
+  it("row 9, connecting: is an error with the SQLSTATE", function()
+    local blocker = support.connect()
+    support.observe "SELECT" -- connects
+    blocker:query "BEGIN"
+    blocker:query "LOCK TABLE pg_catalog.pg_settings" -- which every connection reads at first
+    local result = phases.connecting(support.conninfo)
+    local pid = support.wait_until("the client to be connecting", function()
+      local row = support.observe("SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'relation'")[1]
+      return row and row.pid
+    end)
+    cancel(pid)
+    local outcome, sqlstate = result.wait()
+    assert.same({ "interrupted", "57014" }, { outcome, sqlstate })
+  end)
+
+  it("row 9, holding: of an idle holder is ignored", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    cancel(conn.backend_pid)
+    assert.is_true(lock:held())
+    assert.is_true(lock:check())
+    assert.is_true(conn:ping())
+    assert.is_true(lock:release())
+  end)
+
+  it("row 9, releasing: leaves nothing", function()
+    if support.cannot_signal() then return end
+    for _, options in ipairs { {}, { shared = true } } do
+      local conn = support.connect()
+      local lock = conn:lock("x", options)
+      local go_on = phases.releasing(conn, lock)
+      cancel(conn.backend_pid)
+      go_on()
+      assert.is_true(support.complete(conn))
+      assert.is_false(lock:held())
+      assert.same({}, support.pg_locks(conn.backend_pid))
+      assert.is_true(conn:ping())
+    end
+  end)
+
+  it("row 9, idle: is ignored", function()
+    local conn = support.connect()
+    cancel(conn.backend_pid)
+    assert.is_true(conn:ping())
+    assert.is_true(conn:lock("x"):release())
+  end)
+end)
+
+describe("statement_timeout", function()
+  after_each(support.finish)
+
+  it("row 9, waiting: that the program sets itself, is an error that holds nothing", function()
+    local conn = support.connect()
+    local held = support.connect():lock "x"
+    conn:query "SET statement_timeout = '50ms'"
+    for _, options in ipairs { {}, { timeout = 5 }, { shared = true } } do
+      local err = support.assert_code("interrupted", conn.lock, conn, "x", options)
+      assert.equal("57014", err.sqlstate)
+      assert.same({}, support.pg_locks(conn.backend_pid))
+    end
+    held:release()
+    assert.is_true(conn:lock("x"):release())
+  end)
+end)
+
+describe("a second coroutine", function()
+  after_each(support.finish)
+
+  local function refused(conn, lock)
+    support.assert_code("busy_connection", conn.lock, conn, "z")
+    support.assert_code("busy_connection", conn.ping, conn)
+    support.assert_code("busy_connection", conn.close, conn)
+    if lock then support.assert_code("busy_connection", lock.check, lock) end
+  end
+
+  it("row 25, connecting: is refused, and the connection comes about", function()
+    local conn = support.core.start.connect(support.core.conninfo(support.conninfo), 10)
+    refused(conn)
+    assert.is_true(support.complete(conn))
+    assert.is_true(conn:ping())
+    conn:close()
+  end)
+
+  it("row 25, waiting: is refused, and the first one gets its lock", function()
+    local conn = support.connect()
+    local own = conn:lock "own"
+    local held = phases.waiting(conn, support.connect(), "x")
+    refused(conn, own)
+    held:release()
+    assert.is_true(support.complete(conn):check())
+    assert.is_true(own:check())
+  end)
+
+  it("row 25, holding: uses the connection, and the lock is held", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    coroutine.wrap(function() conn:query "SELECT 1" end)()
+    coroutine.wrap(function() conn:lock("y"):release() end)()
+    assert.is_true(lock:check())
+  end)
+
+  it("row 25, releasing: is refused, and the lock is released", function()
+    if support.cannot_signal() then return end
+    local conn = support.connect()
+    local own, lock = conn:lock "own", conn:lock "x"
+    local go_on = phases.releasing(conn, lock)
+    refused(conn, own)
+    go_on()
+    assert.is_true(support.complete(conn))
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    assert.is_true(own:check())
+  end)
+
+  it("row 25, idle: uses the connection", function()
+    local conn = support.connect()
+    coroutine.wrap(function() assert.is_true(conn:ping()) end)()
+    assert.is_true(conn:ping())
+  end)
+end)
+
+describe("an aborted transaction", function()
+  after_each(support.finish)
+
+  local function aborted()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    conn:query "BEGIN"
+    support.assert_code("server", conn.query, conn, "SELECT 1/0")
+    return conn, lock
+  end
+
+  it("row 28, waiting: is told before anything is sent", function()
+    local conn = aborted()
+    local held = support.connect():lock "y"
+    support.assert_code("aborted_transaction", conn.lock, conn, "y")
+    support.assert_code("aborted_transaction", conn.try_lock, conn, "y", { timeout = 1 })
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    conn:query "ROLLBACK"
+    held:release()
+    assert.is_true(conn:lock("y"):release())
+  end)
+
+  it("row 28, holding: keeps the lock", function()
+    local conn, lock = aborted()
+    assert.is_true(lock:held())
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    support.assert_code("aborted_transaction", lock.check, lock)
+    conn:query "ROLLBACK"
+    assert.is_true(lock:check())
+  end)
+
+  it("row 28, releasing: releases when it ends", function()
+    for _, release in ipairs {
+      function(lock) assert.is_true(lock:release()) end,
+      function(lock) getmetatable(lock).__close(lock) end,
+    } do
+      local conn, lock = aborted()
+      release(lock)
+      assert.is_false(lock:held())
+      assert.equal(1, #support.pg_locks(conn.backend_pid)) -- until then nobody else has it
+      conn:query "ROLLBACK"
+      assert.same({}, support.pg_locks(conn.backend_pid))
+    end
+  end)
+
+  it("row 28, idle: is no reason to end the session", function()
+    local conn, lock = aborted()
+    lock:release()
+    assert.is_true(conn:ping() and conn:alive())
+    conn:query "ROLLBACK"
+    assert.is_true(conn:lock("z"):release())
+  end)
+end)
+
+describe("a hostile role and schema", function()
+  after_each(support.finish)
+
+  local HASTY = 0.2 -- seconds, of every time-out
+  local conn
+
+  setup(function()
+    support.observe "CREATE ROLE hostile LOGIN SUPERUSER"
+    for _, name in ipairs {
+      "statement_timeout", "lock_timeout", "idle_session_timeout", "idle_in_transaction_session_timeout",
+      "transaction_timeout",
+    } do
+      if #support.observe("SELECT 1 FROM pg_settings WHERE name = $1", name) > 0 then
+        support.observe(("ALTER ROLE hostile SET %s = '%gms'"):format(name, HASTY * 1000))
+      end
+    end
+    support.observe "ALTER ROLE hostile SET search_path = evil, pg_catalog"
+    support.observe "CREATE SCHEMA evil"
+    for name, result in pairs {
+      pg_advisory_lock = "void", pg_advisory_unlock = "bool", pg_try_advisory_lock = "bool",
+      pg_advisory_lock_shared = "void", pg_advisory_unlock_shared = "bool",
+      pg_try_advisory_lock_shared = "bool",
+    } do
+      local body = result == "bool" and "SELECT true" or "SELECT"
+      for _, arguments in ipairs { "bigint", "int, int" } do
+        support.observe(("CREATE FUNCTION evil.%s(%s) RETURNS %s LANGUAGE sql AS '%s'"):format(
+          name, arguments, result, body))
+      end
+    end
+    support.observe "CREATE FUNCTION evil.pg_backend_pid() RETURNS int LANGUAGE sql AS 'SELECT 1'"
+    support.observe "CREATE FUNCTION evil.set_config(text, text, bool) RETURNS text LANGUAGE sql AS 'SELECT $1'"
+    support.observe "CREATE FUNCTION evil.pg_is_in_recovery() RETURNS bool LANGUAGE sql AS 'SELECT true'"
+    support.observe "CREATE FUNCTION evil.never(int, int) RETURNS bool LANGUAGE sql AS 'SELECT false'"
+    support.observe "CREATE FUNCTION evil.never(oid, oid) RETURNS bool LANGUAGE sql AS 'SELECT false'"
+    support.observe "CREATE FUNCTION evil.never(text, text) RETURNS bool LANGUAGE sql AS 'SELECT false'"
+    for _, type in ipairs { "int", "oid", "text" } do
+      support.observe(("CREATE OPERATOR evil.= (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.never)"):format(type, type))
+    end
+    support.observe "CREATE TABLE evil.pg_locks (pid int)"
+    support.observe "CREATE TABLE evil.pg_settings (name text)"
+  end)
+
+  teardown(function()
+    support.observe "DROP SCHEMA evil CASCADE"
+    support.observe "DROP ROLE hostile"
+  end)
+
+  before_each(function() conn = support.connect { user = "hostile" } end)
+
+  local function wait_longer() support.sleep(3 * HASTY) end
+
+  local function holds(n) assert.equal(n, #support.pg_locks(conn.backend_pid)) end
+
+  it("row 29, connecting: connects, with settings of its own", function()
+    assert.equal("evil, pg_catalog", conn:query("SHOW search_path")[1].search_path)
+    assert.equal("0", conn:query("SHOW statement_timeout")[1].statement_timeout)
+  end)
+
+  it("row 29, waiting: waits on, and gets a real lock", function()
+    local held = phases.waiting(conn, support.connect(), "x")
+    wait_longer()
+    held:release()
+    local lock = support.complete(conn)
+    holds(1)
+    assert.is_true(lock:check())
+    for _, key in ipairs { 7, { 7, 42 } } do
+      for _, options in ipairs { {}, { timeout = 1 }, { timeout = 0 }, { shared = true } } do
+        local one = conn:lock(key, options)
+        holds(2)
+        assert.is_true(one:release())
+        holds(1)
+      end
+    end
+  end)
+
+  it("row 29, holding: holds on", function()
+    local lock = conn:lock "x"
+    conn:query "BEGIN"
+    wait_longer()
+    assert.is_true(lock:held())
+    conn:query "COMMIT"
+    wait_longer()
+    assert.is_true(lock:check())
+    holds(1)
+  end)
+
+  it("row 29, releasing: releases, and after an error the guard too", function()
+    local lock = conn:lock "x"
+    conn:query "DEALLOCATE ALL"
+    assert.is_true(lock:release())
+    holds(0)
+  end)
+
+  it("row 29, idle: the session stays", function()
+    wait_longer()
+    assert.is_true(conn:ping())
+  end)
+end)
