@@ -32,8 +32,8 @@ log_line_prefix = '%%m [%%p] '
 --- May servers be made? Not where the specs' server is somebody else's.
 server.available = BINDIR ~= nil and DATA ~= nil
 
--- A command as the servers' user, in a folder that is open to it: what it prints.
-local function as_server(command, ...)
+--- A command as the servers' user, in a folder that is open to it: what it prints.
+function server.shell(command, ...)
   local said = support.shell(("cd %s && %s %s </dev/null && echo done"):format(HOME,
     os.getenv "PGLOCKS_TEST_AS_SERVER" or "", command:format(...)))
   return said:match "^(.-)%s*done\n$" or error(said, 2)
@@ -45,12 +45,17 @@ local function append(path, text)
   file:close()
 end
 
+--- A folder of the servers' user, with a short path because of the sockets in it.
+function server.folder()
+  return server.shell("mktemp -d %s/s.XXXXXX", HOME)
+end
+
 local template
 
 local function make_template()
   if template then return end
-  template = as_server("mktemp -d %s/t.XXXXXX", HOME)
-  as_server("%s/initdb -D %s -A trust -E UTF8 --locale=C -U postgres -N --wal-segsize=1", BINDIR, template)
+  template = server.folder()
+  server.shell("%s/initdb -D %s -A trust -E UTF8 --locale=C -U postgres -N --wal-segsize=1", BINDIR, template)
   append(template .. "/postgresql.conf", CONF:format(PORT))
 end
 
@@ -59,8 +64,8 @@ local made = {}
 -- Every one begins as a copy of the same folder, so that one can follow another.
 local function new(conf)
   make_template()
-  local folder = as_server("mktemp -d %s/s.XXXXXX", HOME)
-  as_server("cp -R %s/. %s", template, folder)
+  local folder = server.folder()
+  server.shell("cp -R %s/. %s", template, folder)
   append(folder .. "/postgresql.conf", ("unix_socket_directories = '%s'\n%s"):format(folder, conf))
   local self = setmetatable({
     host = folder, port = PORT,
@@ -71,7 +76,7 @@ local function new(conf)
 end
 
 function server:pg_ctl(arguments)
-  local ok, said = pcall(as_server, "%s/pg_ctl -D %s -s -w -t 60 %s", BINDIR, self.host, arguments)
+  local ok, said = pcall(server.shell, "%s/pg_ctl -D %s -s -w -t 60 %s", BINDIR, self.host, arguments)
   if not ok then error(said .. support.shell("tail -n 20 " .. self.host .. "/log"), 3) end
 end
 
@@ -85,7 +90,7 @@ end
 --- A hot standby that follows this server.
 function server:standby()
   local standby = new(("primary_conninfo = 'host=%s port=%d user=postgres'\n"):format(self.host, PORT))
-  as_server("touch %s/standby.signal", standby.host)
+  server.shell("touch %s/standby.signal", standby.host)
   standby:start()
   support.wait_until("the standby to follow", function()
     return #self:query "SELECT 1 FROM pg_stat_replication WHERE state = 'streaming'" > 0
