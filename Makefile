@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test long contended lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test test-servers long contended lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
      build/failing_malloc.so build/jumping_clock.so
 
@@ -86,6 +86,13 @@ test:
 	@tools/install-deps test
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
+
+# On other servers than the one that is installed: make test-servers SERVERS="13 18" SPEC=...
+SERVERS ?= 13 15 17 18
+test-servers:
+	@tools/install-deps test
+	@$(MAKE) -s --no-print-directory all
+	@tools/test-servers $(SERVERS) -- $(SPEC) $(TEST_ARGS)
 
 # Every allocation of Lua fails once, 500 coroutines wait, processes contend for longer.
 long:
@@ -154,6 +161,7 @@ help:
 	@echo "make            build for Lua 5.4 and LuaJIT, into build/"
 	@echo "make demo       see it work, on a PostgreSQL of its own"
 	@echo "make test       run the specs under both; SPEC=file TEST_ARGS=--filter=name RUNTIMES=5.4|jit"
+	@echo "make test-servers  run them on several versions of PostgreSQL; SERVERS=\"13 15 17 18\" SPEC=..."
 	@echo "make long       the same, with more rounds in those that could always do more"
 	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
 	@echo "make lint       check style and suspicious code"

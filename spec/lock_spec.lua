@@ -294,7 +294,7 @@ describe("the timeout of a lock", function()
         for _, shared in ipairs { true, false } do
           conn:try_lock(key, { timeout = case[1], shared = shared }):release()
           local text = logged()
-          local parameters = text:match "execute pglocks_timed_[^\n]*\n[^\n]*parameters: ([^\n]*)"
+          local parameters = text:match "execute pglocks_timed_[^\n]*\n[^\n]*[Pp]arameters: ([^\n]*)"
           assert.equal(case[2], parameters and parameters:match "'([^']*)'$", text)
         end
       end

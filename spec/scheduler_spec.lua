@@ -650,7 +650,8 @@ describe("Ctrl-C", function()
 
   for _, scheduler in ipairs { "cqueues", "luv" } do
     it("ends a program that waits under " .. scheduler .. ", and its locks", function()
-      local lock = support.connect():lock "x"
+      local conn = support.connect()
+      local lock = conn:lock "x"
       local process = support.spawn(INTERRUPTED, support.conninfo, scheduler)
       local pid = tonumber(process.lines())
       support.wait_until_waiting(pid)
@@ -663,6 +664,8 @@ describe("Ctrl-C", function()
       -- connection, which this closed, is gone.
       assert.is_truthy(said:find("interrupted!", 1, true)
         or rawget(_G, "jit") and said:find("false\t.*Bad file descriptor"), said)
+      -- Until PostgreSQL 13 the queue keeps the place of a client that is gone, and grants it the lock.
+      if conn.server_version < 140000 then lock:release() end
       wait_until("its locks to be free", function() return #pg_locks(pid) == 0 end)
       lock:release()
     end)
