@@ -294,7 +294,8 @@ local function connect(keywords, options)
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end
-    reason = err or reason
+    -- The last try may have had no time to hear why.
+    if err and (err.sqlstate or not (reason and reason.sqlstate)) then reason = err end
     local left = deadline - core.now()
     if not again or left < TOO_LATE then error(reason, 0) end
     -- Not all at once, where many wait for one server; the program's random numbers are its own.

@@ -138,7 +138,7 @@ describe("a server that ends all sessions", function()
   local primary
 
   setup(function()
-    if not os.getenv "PGLOCKS_TEST_DATA" then return end
+    if not server.available then return end
     primary = server.make "restart_after_crash = on\n"
   end)
   teardown(server.finish)
@@ -146,22 +146,7 @@ describe("a server that ends all sessions", function()
 
   local function query(...) return primary:query(...) end
 
-  -- Starts or ends something, and returns before it has happened.
-  local function without_waiting(arguments) primary:pg_ctl("-W " .. arguments) end
-
-  local function start() without_waiting(("-l %s/log start"):format(primary.host)) end
-
-  local function running()
-    support.wait_until("the server", function()
-      local pid = io.open(primary.host .. "/postmaster.pid")
-      if pid then
-        pid:close()
-      else
-        start()
-      end
-      return (pcall(query, "SELECT 1"))
-    end, 20)
-  end
+  local function start() primary:begin_start() end
 
   local function kill(pid) support.signal("KILL", pid) end
 
@@ -181,7 +166,7 @@ describe("a server that ends all sessions", function()
       it(("row %s, %s: %s"):format(row, phase, title), function()
         if server.cannot_make() then return end
         for _, way in ipairs(ways) do
-          running()
+          primary:ensure()
           test(way)
         end
       end)
@@ -197,8 +182,8 @@ describe("a server that ends all sessions", function()
       { lose = function(pid) kill(pid) end, sqlstates = CRASHED, start = function() end },
     },
     ["13"] = {
-      { lose = function() without_waiting "-m fast stop" end, sqlstates = STOPPED, start = start },
-      { lose = function() without_waiting "-m immediate stop" end, sqlstates = QUIT, start = start },
+      { lose = function() primary:begin "-m fast stop" end, sqlstates = STOPPED, start = start },
+      { lose = function() primary:begin "-m immediate stop" end, sqlstates = QUIT, start = start },
     },
   }
 

@@ -38,6 +38,12 @@ function server.cannot_make()
   return not server.available
 end
 
+--- Say `if server.cannot_make() then return end` at the start of a test: it marks the skip.
+function server.cannot_make()
+  if not server.available then pending "there are no programs of a server to start one with" end
+  return not server.available
+end
+
 --- A command as the servers' user, in a folder that is open to it: what it prints.
 function server.shell(command, ...)
   local said = support.shell(("cd %s && %s %s </dev/null && echo done"):format(HOME,
@@ -107,6 +113,26 @@ end
 function server:start()
   self:pg_ctl(("-l %s/log start"):format(self.host))
 end
+
+--- Starts it unless it runs already, or is about to.
+function server:ensure()
+  support.wait_until("the server", function()
+    local pid = io.open(self.host .. "/postmaster.pid")
+    if pid then
+      pid:close()
+    else
+      self:begin_start()
+    end
+    local ok, conn = pcall(pglocks.connect, { conninfo = self.conninfo, allow_standby = true, timeout = 0.5 })
+    if ok then conn:close() end
+    return ok
+  end, 20)
+end
+
+--- Begins what pg_ctl else waits for: "-m fast stop".
+function server:begin(arguments) self:pg_ctl("-W " .. arguments) end
+
+function server:begin_start() self:begin(("-l %s/log start"):format(self.host)) end
 
 --- mode: "smart", "fast" (without one) or "immediate"
 function server:stop(mode)
