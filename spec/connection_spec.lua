@@ -135,7 +135,7 @@ describe("connecting to several hosts", function()
     assert.is_true(conn:ping())
   end)
 
-  it("goes on to the next when one says nothing for connect_timeout", function()
+  it("row 2, connecting: goes on to the next when one says nothing for connect_timeout", function()
     local conn
     local port = silent_server()
     local seconds = support.timed(function()
@@ -148,7 +148,7 @@ describe("connecting to several hosts", function()
     assert.is_true(seconds >= 1 and seconds < 2 * support.slow, seconds)
   end)
 
-  it("gives up at the deadline over all of them", function()
+  it("row 3, connecting: gives up at the deadline over all of them", function()
     local port = silent_server()
     local seconds, ok, err = support.timed(pcall, pglocks.connect, {
       host = "127.0.0.1,127.0.0.1,127.0.0.1", port = port, timeout = 0.3,

@@ -54,7 +54,7 @@ describe("the guard, when the lock is granted at the moment of", function()
   after_each(support.finish)
 
   each_key_and_mode(function(case, key, shared)
-    it("a timeout: adopts it (" .. case .. ")", function()
+    it("row 10, waiting: a timeout: adopts it (" .. case .. ")", function()
       if support.cannot_signal() then return end
       local waiter = support.connect()
       local ok, lock = grant_and_fail(waiter, key, { shared = shared, timeout = 0.1 },
@@ -71,7 +71,7 @@ describe("the guard, when the lock is granted at the moment of", function()
     for _, first in ipairs { true, false } do
       local order = first and "before" or "after"
 
-      it("pg_cancel_backend " .. order .. " the grant: lets it go (" .. case .. ")", function()
+      it("row 9, waiting: pg_cancel_backend " .. order .. " the grant: lets it go (" .. case .. ")", function()
         if support.cannot_signal() then return end
         local waiter = support.connect()
         local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
@@ -258,7 +258,7 @@ describe("the guard", function()
     end
   end)
 
-  it("reports a deadlock, and the other locks are still held", function()
+  it("row 11, waiting; row 11, holding: reports a deadlock, and the other locks are still held", function()
     local a, b = support.connect(), support.connect()
     local first, second = a:lock "first", b:lock "second"
     -- so that b, which comes last, is the victim
@@ -322,7 +322,7 @@ describe("a server that stops answering", function()
     return seconds, ok, err
   end
 
-  it("ends a wait at timeout + reply_timeout with `unknown`", function()
+  it("row 3, waiting: ends a wait at timeout + reply_timeout with `unknown`", function()
     if support.cannot_signal() then return end
     local conn = support.connect { reply_timeout = 0.3 }
     local seconds, ok, err = stopped(conn, function() conn:lock("x", { timeout = 0.2 }) end)
@@ -353,8 +353,8 @@ describe("a server that stops answering", function()
     lock:release()
   end)
 
-  for _, operation in ipairs { "release", "check" } do
-    it("ends a " .. operation .. " at reply_timeout with `unknown`", function()
+  for operation, row in pairs { release = "row 3, releasing: ", check = "row 3, holding: " } do
+    it(row .. "ends a " .. operation .. " at reply_timeout with `unknown`", function()
       if support.cannot_signal() then return end
       local lost = {}
       local conn = support.connect {
@@ -371,7 +371,7 @@ describe("a server that stops answering", function()
     end)
   end
 
-  it("ends ping and check at their own timeout", function()
+  it("row 3, idle: ends a ping at its own timeout", function()
     if support.cannot_signal() then return end
     local conn = support.connect()
     local seconds, ok, err = stopped(conn, function() conn:ping(0.2) end)
@@ -380,7 +380,7 @@ describe("a server that stops answering", function()
     assert.is_true(seconds >= 0.2 and seconds < 0.7 * support.slow, seconds)
   end)
 
-  it("leaves a held lock held: nothing is known to be lost", function()
+  it("row 3, holding: leaves a held lock held: nothing is known to be lost", function()
     if support.cannot_signal() then return end
     local conn = support.connect()
     local lock = conn:lock "x"

@@ -576,7 +576,7 @@ describe("a lock that foreign SQL let go", function()
         assert.equal(1, conn:query("SELECT 1 AS one")[1].one)
       end
 
-      it("is not released: release raises not_held" .. place, function()
+      it("row 24, releasing: is not released: release raises not_held" .. place, function()
         local conn, lock, nested = lose()
         nested:release()
         local err = assert_code("not_held", lock.release, lock)
@@ -588,7 +588,7 @@ describe("a lock that foreign SQL let go", function()
         assert_usable(conn)
       end)
 
-      it("is found lost by check" .. place, function()
+      it("row 24, holding: is found lost by check" .. place, function()
         local conn, lock, nested = lose()
         local err = assert_code("lost", lock.check, lock)
         assert.equal(pglocks.key(42), err.key)

@@ -131,7 +131,7 @@ describe("a server that stops when all have left, or reads its configuration ane
   -- What happens, and returns when it has begun.
   local WAYS = {
     smart = function()
-      own.observer:close()
+      if own.observer then own.observer:close() end
       own:begin "-m smart stop"
       support.wait_until("the stop to begin", function()
         return support.read(own.host .. "/postmaster.pid"):find "stopping"

@@ -209,7 +209,7 @@ describe("the scope of a lock", function()
   }
 
   for way, run in pairs(ways) do
-    it("is left by " .. way, function()
+    it("row 20, holding: is left by " .. way, function()
       run()
       assert.is_true(is_free(42))
       assert.same({}, conn:locks())
