@@ -6,9 +6,9 @@
 ---     local client = link:spawn("client.lua", link.conninfo)
 ---     link:cut { "to_server", "to_client" }
 ---
---- The machine's own network stays as it is, and nothing has a name outside: any number of these may
---- run side by side. Nor has anything to be undone. A namespace goes with its last process, its links
---- and rules go with it, and those processes end when this one does, however that comes about.
+--- The machine's own network stays as it is, and nothing has a name outside: any number of these
+--- may run side by side. Nor has anything to be undone: a namespace goes with its last process, its
+--- links and rules go with it, and those processes end when this one does, however that happens.
 
 local support = require "spec.support"
 
@@ -53,15 +53,16 @@ end
 -- process for a shell that io.popen starts.
 local STAY = 'exec tail --pid="$spec" -f /dev/null'
 
---- Starts a PostgreSQL server, on every address of its namespace and, as `conninfo`, on a Unix socket for
---- the spec. `folder` goes with it.
+--- Starts a PostgreSQL server, on every address of its namespace and, as `conninfo`, on a Unix
+--- socket for the spec. `folder` goes with it.
 function network.start()
   local self = setmetatable({ links = {} }, network)
-  -- tools/with-postgres looks after the server. It has chosen 127.0.0.1, which is all there is where it runs.
+  -- tools/with-postgres looks after the server. It starts it on 127.0.0.1, before there are others.
+  -- A signal to all of the specs' processes must not meet it: it has to clean up after them.
   local pipe, line = start([[
     export spec=$PPID
     unset PGLOCKS_TEST_CONNINFO
-    exec unshare -n sh -c 'ip link set lo up && exec tools/with-postgres sh -c "$0" 2>&1' '
+    exec setsid unshare -n sh -c 'ip link set lo up && exec tools/with-postgres sh -c "$0" 2>&1' '
       cd "$PGLOCKS_TEST_DATA" &&
       echo "listen_addresses = '"'*'"'" >>postgresql.conf &&
       echo "host all all 192.0.2.0/24 trust" >>pg_hba.conf &&
@@ -81,7 +82,8 @@ function network:link()
     server = self.pid,
     name = "client" .. number,
     address = "192.0.2." .. 4 * number + 2,
-    conninfo = ("host=192.0.2.%d port=%s dbname=postgres user=postgres"):format(4 * number + 1, self.port),
+    conninfo = ("host=192.0.2.%d port=%s dbname=postgres user=postgres"):format(
+      4 * number + 1, self.port),
   }, Link)
   link.pipe, link.pid = start(
     [[spec=$PPID; export spec; exec unshare -n sh -c 'ip link set lo up && echo $$ && %s']], STAY)
@@ -113,11 +115,11 @@ function Link:spawn(path, ...)
   return { lines = pipe:lines(), close = function() pipe:close() end }
 end
 
---- The server's retransmissions to this client begin after so many seconds. That is a round trip and
---- 0.2 s, and so far away is the client then.
+--- The server's retransmissions to this client begin after so many seconds, as they do where a
+--- round trip takes 0.2 s less.
 function Link:set_retransmission(seconds)
-  run("nsenter -t %s -n ip route replace %s dev %s rto_min %dms", self.server, self.address, self.name,
-    seconds * 1000)
+  run("nsenter -t %s -n ip route replace %s dev %s rto_min %dms",
+    self.server, self.address, self.name, seconds * 1000)
 end
 
 --- Seconds for which that connection of the client's has received nothing that has so the longest.
@@ -129,8 +131,8 @@ function Link:silence()
   return longest
 end
 
--- What arrives is thrown away where it arrives: for who sent it that is silence, where a rule on its own
--- side would be an error.
+-- What is thrown away is thrown away where it arrives: for who sent it that is silence, where a
+-- rule on its own side would be an error.
 local function rule(pid, interface, verdict)
   run([[nsenter -t %s -n nft 'add table inet cut_%s;
     add chain inet cut_%s input { type filter hook input priority 0; };
@@ -154,9 +156,10 @@ function Link:reject()
   rule(self.server, self.name, "meta l4proto tcp reject with tcp reset")
 end
 
---- Ends its connections with an RST to it.
+--- Ends its connections with an RST to it. Returns why not, where the kernel cannot do that.
 function Link:reset()
-  support.shell(("nsenter -t %s -n ss -K dst %s"):format(self.server, self.address))
+  local said = support.shell(("nsenter -t %s -n ss -K dst %s"):format(self.server, self.address))
+  return said:match "[^\n]*not supported"
 end
 
 --- Takes the client's own link down.

@@ -1,5 +1,5 @@
--- A client that spec/faults/partition_spec.lua starts in a namespace of its own, and cuts off: brings
--- itself into one phase, and says with the time what it then knows, a line each:
+-- A client that spec/faults/partition_spec.lua starts in another namespace, and cuts off. It brings
+-- itself into one phase, and says what it then knows, a line each:
 --   what, seconds of core.now(), value
 
 local phase, scenario, conninfo, folder = ...
@@ -56,7 +56,7 @@ end
 
 -- The server has accepted it, and says nothing yet.
 function phases.handshake()
-  described.connect_timeout = scenario == "blip" and 20 or nil
+  described.connect_timeout = scenario == "blip" and 20 or 10
   say "ready"
   connect_and_lock()
 end
