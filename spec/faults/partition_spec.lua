@@ -13,9 +13,9 @@ local unavailable = network.unavailable()
 
 -- Seconds, as the library has them; KEEPALIVE is keepalives_idle. By T_CLIENT a client knows that
 -- it is cut off, and by T_SERVER the server frees its lock, with a little more for a busy machine.
-local T_CLIENT, T_SERVER, FREE_BY = 11 + 1, 30 + 2, "30"
+local T_CLIENT, T_SERVER, FREE_BY = 11 + 2, 30 + 2, "30"
 local REPLY_TIMEOUT, HOST_TIMEOUT, KEEPALIVE = 10, 5, 5
-local AT_ONCE = 1
+local AT_ONCE = 3
 
 -- Seconds of this spec.
 local BLIP = 6
@@ -386,8 +386,8 @@ describe("a network that stops", function()
 
   silence(5, "to_client", "nothing arrives at the client", false, true)
 
-  -- After a while of nothing.
-  local AGAIN = BLIP + 2 + AT_ONCE
+  -- TCP tries again at intervals that double: at the latest when as long again has passed.
+  local AGAIN = 2 * BLIP + AT_ONCE
 
   cell(6, "connecting", "6 s of nothing: connected, if there is time", "blip", function(of)
     for _, client in ipairs { of.connecting, of.handshake } do
