@@ -13,7 +13,7 @@
 ---   met N KEY SECTION           this other section was found inside, or has written the counter
 ---   confirm N KEY MODE          the server confirmed the lock: dated when it was asked
 ---   release N KEY MODE          the lock will now be let go
----   free N KEY MODE             the call that did so has returned, and says that the server did it
+---   free N KEY MODE             the call that did so has returned, and the server has done it
 ---   seen LOCKS | LOCKS          what the connection says that it holds, and what pg_locks says
 ---   lost                        the connection says that its session is gone
 ---   interrupted                 Ctrl-C met the process: the sections end somewhere

@@ -1,6 +1,7 @@
 -- A process of spec/faults/stress_spec.lua: sessions one after the other, each with a number of
 -- rounds. It writes what it does to a history of its own, for spec/faults/model.lua.
---   worker.lua PROCESS FOLDER ROUNDS SEED
+--   worker.lua PROCESS FOLDER ROUNDS SECONDS SEED
+-- It ends after these rounds, or when the clock of core.now() says SECONDS.
 -- What is protected, for each key: FOLDER/counter.KEY, "COUNT SECTION", and FOLDER/inside.KEY, a
 -- folder with a file for each section that is inside. Neither has any protection but the locks.
 
@@ -13,8 +14,8 @@ local history = require "spec.faults.history"
 local core = support.core
 local random = math.random
 
-local process, folder, rounds, seed = ...
-rounds = tonumber(rounds)
+local process, folder, rounds, deadline, seed = ...
+rounds, deadline = tonumber(rounds), tonumber(deadline)
 math.randomseed(tonumber(seed))
 
 local KEYS = { -205618829, { 7, -42 }, "some lock" }
@@ -25,6 +26,8 @@ local sessions, sections = 0, 0
 
 local function note_at(seconds, ...) write(seconds, owner, ...) end
 local function note(...) write(nil, owner, ...) end
+
+local function is_over() return sections >= rounds or core.now() > deadline end
 
 -- ---- errors -----------------------------------------------------------------------------
 
@@ -62,7 +65,7 @@ local function read_counter(key)
   return tonumber(count), section
 end
 
--- Who else is inside?
+-- Who else is inside? Everybody leaves a mark first, so that of two the later one sees the other.
 local function look_around(n, key, mine)
   for name in lfs.dir(folder .. "/inside." .. key) do
     if name:sub(1, 1) ~= "." and name ~= mine then note("met", n, key, name) end
@@ -90,7 +93,6 @@ local function work(session, n, key, shared)
   pause(session)
   local _, last = read_counter(key)
   if last ~= record then note("met", n, key, last) end
-  look_around(n, key, section)
   assert(os.remove(mark))
 end
 
@@ -149,21 +151,20 @@ local FORMS = { "lock", "try_lock", "with_lock", "try_with_lock", "scope" }
 -- What the connection says, and what the server says. Releases that nobody waited for may be under
 -- way: the server is given time for them, and no time for anything else.
 local function look(session)
-  local conn, client, server = session.conn, nil, nil
-  local deadline = core.now() + 5 * support.slow
+  local conn, client, server, ok = session.conn
+  local patience = core.now() + 5 * support.slow
   repeat
     if session.patient then persist(conn.ping, conn) end
     client = history.on_client(conn)
-    local ok, seen = pcall(history.on_server, conn.backend_pid)
+    ok, server = pcall(history.on_server, conn.backend_pid)
     if not ok then -- only a server that goes down does that: ours is one of its sessions
-      if is_interrupt(seen) then error(seen, 0) end
+      if is_interrupt(server) then error(server, 0) end
       support.wait_until("the loss of the session", function() return not conn:alive() end)
     end
-    server = seen
     -- The end of a session is sent to its client before its locks are freed for others: whoever
     -- sees them gone, and hears of no end, has found a lie.
     if not conn:alive() then persist(conn.ping, conn) end
-  until client == server or not session.patient or core.now() > deadline
+  until client == server or not session.patient or core.now() > patience
   session.patient = session.deferred
   note("seen", client, "|", server)
 end
@@ -190,8 +191,8 @@ local function round(session, depth)
     work(session, n, name, shared)
     -- A lock inside another one: of the same owner, to be counted, or of another key.
     if depth < 2 and random(6) == 1 then round(session, depth + 1) end
-    if random(6) == 1 then look(session) end
-    if session.deferred or depth > 0 or random(2) == 1 then
+    if random(8) == 1 then look(session) end
+    if random(4) == 1 then
       local asked = core.now()
       assert(persist(lock.check, lock) == true)
       note_at(asked, "confirm", n, name, mode)
@@ -206,8 +207,10 @@ local function round(session, depth)
     assert(outcome == true)
     if form == "scope" then -- its end tells nobody, and with a scheduler it does not even wait
       session.patient = session.patient or session.scheduled
-    elseif not session.deferred and depth == 0 then -- one inside another may only be counted
-      note("free", n, name, mode)
+    elseif depth == 0 and (not session.deferred or random(2) == 1) then
+      -- (A lock inside another one may only be counted: that proves nothing.)
+      if session.deferred then persist(conn.ping, conn) end
+      if not session.told[1] then note("free", n, name, mode) end
     end
   elseif ok then
     note("fail", n, name, mode, outcome)
@@ -226,7 +229,7 @@ end
 local RETRY = { connect = true, interrupted = true, lost = true }
 
 local function connect(session)
-  local deadline = core.now() + 60 * support.slow
+  local patience = core.now() + 60 * support.slow
   while true do
     sessions = sessions + 1
     owner = process .. "." .. sessions
@@ -240,22 +243,23 @@ local function connect(session)
       on_lost = function(_, err) told[#told + 1] = err end,
     })
     if ok then return conn, told end
-    if not RETRY[code_of(conn)] or core.now() > deadline then error(conn, 0) end
+    if not RETRY[code_of(conn)] or core.now() > patience then error(conn, 0) end
     session.sleep(0.05)
   end
 end
 
 local function run(session)
   local conn, told = connect(session)
+  session.told = told -- by on_lost
   note("open", conn.backend_pid)
   session.conn = conn
 
   local ok, err = pcall(function()
     persist(conn.query, conn, "SET deadlock_timeout = '15ms'")
     for _ = 1, random(10, 60) do
-      if sections >= rounds then break end
+      if is_over() then break end
       round(session, 0)
-      if random(4) == 1 then look(session) end
+      if random(6) == 1 then look(session) end
       if told[1] then error(told[1], 0) end
     end
     look(session)
@@ -276,7 +280,7 @@ end
 local current
 
 local function main()
-  while sections < rounds do
+  while not is_over() do
     local session = { deferred = random(2) == 1, scheduled = random(3) == 1 }
     session.patient = session.deferred
     session.sleep = session.scheduled and cqueues.sleep or support.sleep
