@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test test-servers long contended lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test test-servers long contended stress lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
      build/failing_malloc.so build/jumping_clock.so
 
@@ -99,11 +99,16 @@ long:
 	@$(MAKE) -s --no-print-directory test PGLOCKS_TEST_SIZE=5
 
 # For long runs by hand: the races that one run of the specs may miss.
-ROUNDS ?= 200
+contended: ROUNDS ?= 200
 contended:
 	@tools/install-deps test
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/contended $(ROUNDS)
+
+# Processes that contend while others strike them and the server: the long form of its spec.
+stress: ROUNDS ?= 10000
+stress:
+	@$(MAKE) -s --no-print-directory test SPEC=spec/faults/stress_spec.lua PGLOCKS_STRESS_ROUNDS=$(ROUNDS)
 
 sanitizers: build/forget_preload.so $(runtimes:%=build/%/alloc) $(runtimes:%=build/asan-%/pglocks/core.so)
 
@@ -164,6 +169,7 @@ help:
 	@echo "make test-servers  run them on several versions of PostgreSQL; SERVERS=\"13 15 17 18\" SPEC=..."
 	@echo "make long       the same, with more rounds in those that could always do more"
 	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
+	@echo "make stress     prove mutual exclusion, long; ROUNDS=10000 RUNTIMES=5.4|jit"
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"

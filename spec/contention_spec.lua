@@ -3,6 +3,7 @@
 -- `make contended` repeats these tests many times, each of them short.
 
 local support = require "spec.support"
+local model = require "spec.faults.model"
 
 local core = support.core
 local KEYS = { -205618829, { 7, -42 } }
@@ -107,73 +108,6 @@ end
 
 local read = support.read
 
--- ---- a model of a readers-writer lock ---------------------------------------------------
-
---- Is this a history that such a lock allows? `history` has the lines "begin|end MODE PROCESS",
---- in the order in which they happened. Returns how many readers were in at most; or nil and what
---- is wrong.
-local function check_history(history)
-  local inside, readers, writer, most, at = {}, 0, nil, 0, 0
-  for line in history:gmatch "[^\n]+" do
-    at = at + 1
-    local event, mode, process = line:match "^(%l+) (%l+) (%d+)$"
-    local function wrong(why) return nil, ("line %d, '%s': %s"):format(at, line, why) end
-    if event == "begin" then
-      if writer then return wrong("process " .. writer .. " is inside, exclusive") end
-      if inside[process] then return wrong "this process is inside already" end
-      if mode == "exclusive" then
-        if readers > 0 then return wrong(readers .. " are inside, shared") end
-        writer = process
-      elseif mode == "shared" then
-        readers = readers + 1
-        most = math.max(most, readers)
-      else
-        return wrong "no such mode"
-      end
-      inside[process] = mode
-    elseif event == "end" then
-      if inside[process] ~= mode then return wrong "this process is not inside, in this mode" end
-      inside[process] = nil
-      if mode == "exclusive" then writer = nil else readers = readers - 1 end
-    else
-      return wrong "no such event"
-    end
-  end
-  if next(inside) then return nil, ("process %s is inside at the end"):format(next(inside)) end
-  return most
-end
-
-describe("the model of a readers-writer lock", function()
-  local function history(...) return table.concat({ ... }, "\n") .. "\n" end
-
-  it("allows what such a lock allows", function()
-    assert.equal(0, check_history "")
-    assert.equal(2, check_history(history(
-      "begin exclusive 1", "end exclusive 1", "begin shared 2", "begin shared 1", "end shared 2",
-      "end shared 1", "begin exclusive 2", "end exclusive 2", "begin shared 1", "end shared 1")))
-  end)
-
-  for what, wrong in pairs {
-    ["two writers at a time"] = history(
-      "begin exclusive 1", "begin exclusive 2", "end exclusive 1", "end exclusive 2"),
-    ["a reader beside a writer"] = history(
-      "begin exclusive 1", "begin shared 2", "end shared 2", "end exclusive 1"),
-    ["a writer beside the last of two readers"] = history(
-      "begin shared 1", "begin shared 2", "end shared 1", "begin exclusive 3", "end shared 2",
-      "end exclusive 3"),
-    ["an end without a beginning"] = history("begin shared 1", "end shared 1", "end shared 1"),
-    ["a beginning without an end"] = history("begin exclusive 1", "end exclusive 1", "begin shared 1"),
-    ["an end in another mode"] = history("begin exclusive 1", "end shared 1"),
-    ["a line that was torn"] = history("begin exclusive 1", "end exclu", "sive 1"),
-  } do
-    it("does not allow " .. what, function()
-      local most, why = check_history(wrong)
-      assert.is_nil(most)
-      assert.is_string(why)
-    end)
-  end
-end)
-
 -- ---- exclusion --------------------------------------------------------------------------
 
 describe("processes that contend for a lock", function()
@@ -222,39 +156,41 @@ describe("processes that contend for a lock", function()
       local path, processes = temporary(), is_costly and 3 or 6
       finish(start(processes, "local KEY, PROCESSES = " .. key .. ", " .. processes .. [[
 
-        local history = assert(io.open(path, "a"))
-        history:setvbuf "full"
-        local function event(what, mode)
-          history:write(("%s %s %d\n"):format(what, mode, number))
-          history:flush()
-        end
+        local history = require "spec.faults.history"
+        local write = history.writer(path)
+        local function note(...) write(nil, number, ...) end
         local function all_inside()
           local file = assert(io.open(path))
-          local _, count = file:read "*a":gsub("begin", "")
+          local _, count = file:read "*a":gsub(" grant ", "")
           file:close()
           return count >= PROCESSES
         end
         local conn = support.connect { release = number % 2 == 0 and "deferred" or "confirmed" }
+        note("open", conn.backend_pid)
         there(conn)
         for round = 0, rounds do
           local shared = round == 0 or math.random(2) == 1
-          local mode = shared and "shared" or "exclusive"
+          local name, mode = history.key(KEY), shared and "shared" or "exclusive"
+          note("invoke", round, name, mode)
           local lock = conn:lock(KEY, { shared = shared, timeout = 60 })
-          event("begin", mode)
+          note("grant", round, name, mode)
           if round == 0 then
             support.wait_until("all the readers", all_inside, 30)
           elseif math.random(3) == 1 then
             support.sleep(math.random() * 0.001)
           end
-          event("end", mode)
+          note("release", round, name, mode)
           lock:release()
         end
+        conn:ping()
+        note("seen", history.on_client(conn), "|", history.on_server(conn.backend_pid))
         conn:close()
+        note "close"
         print "done"
       ]], path, rounds(60)))
-      local most, why = check_history(read(path))
-      assert.is_nil(why)
-      assert.equal(processes, most)
+      local events = {}
+      assert(model.parse(read(path), events))
+      assert.equal(processes, assert(model.check(events)).readers_at_most)
     end)
   end
 
@@ -344,33 +280,10 @@ end)
 
 -- What a process checks after each call: an outcome against pg_locks, as seen by another session.
 local TRUTH = [[
-local pglocks = require "pglocks"
+local history = require "spec.faults.history"
 local KEYS = { -205618829, { 7, -42 } }
-local function name(mode, key) return ("%s %s"):format(mode, tostring(key)) end
-local function key_of(row)
-  if row.objsubid == 2 then
-    local function signed(n) return n < 2 ^ 31 and n or n - 2 ^ 32 end
-    return pglocks.key { signed(row.classid), signed(row.objid) }
-  end
-  for _, key in ipairs(KEYS) do
-    local known = pglocks.key(key)
-    if known.objsubid == 1 and known.classid == row.classid and known.objid == row.objid then
-      return known
-    end
-  end
-  return "another key"
-end
-
---- What the server says that `conn` holds or waits for: "mode key", "key" for another one.
-local function on_server(conn)
-  local held = {}
-  for _, row in ipairs(support.pg_locks(conn.backend_pid)) do
-    row.classid, row.objid = tonumber(row.classid), tonumber(row.objid)
-    held[#held + 1] = name(row.granted and row.mode or "waits for", key_of(row))
-  end
-  table.sort(held)
-  return table.concat(held, ", ")
-end
+local name = history.name
+local function on_server(conn) return history.on_server(conn.backend_pid) end
 ]]
 
 describe("the outcome of a call is what pg_locks says", function()
@@ -403,7 +316,7 @@ describe("the outcome of a call is what pg_locks says", function()
           local ok, got = pcall(conn.lock, conn, key, options)
           if ok then outcome = got else assert(got.code == "timeout", tostring(got)) end
         end
-        local expected = outcome and name(shared and "ShareLock" or "ExclusiveLock", pglocks.key(key)) or ""
+        local expected = outcome and name(shared, key) or "nothing"
         local got = on_server(conn)
         assert(got == expected, ("'%s' instead of '%s'"):format(got, expected))
         assert(#conn:locks() == (outcome and 1 or 0))
@@ -414,7 +327,7 @@ describe("the outcome of a call is what pg_locks says", function()
           assert(outcome:release() == true)
           assert(not outcome:held())
           got = on_server(conn)
-          assert(got == "", got)
+          assert(got == "nothing", got)
         else
           timeouts = timeouts + 1
         end
@@ -435,14 +348,14 @@ describe("the outcome of a call is what pg_locks says", function()
       on_lost = function(_, err) told = err end,
     }
     local own = conn:lock({ 1, number })
-    local own_name = name("ExclusiveLock", own.key)
+    local own_name = name(false, { 1, number })
     conn:query "SET lock_timeout = '20s'" -- so that a wait without a timeout is bounded, too
 
     --- Exactly `lock`, if there is one, and our own. A deferred release may still be under way.
     local function agree(lock)
       local expected = own_name
       if lock then
-        local both = { own_name, name(lock.shared and "ShareLock" or "ExclusiveLock", lock.key) }
+        local both = { own_name, name(lock.shared, lock.key) }
         table.sort(both)
         expected = table.concat(both, ", ")
       end
@@ -460,7 +373,7 @@ describe("the outcome of a call is what pg_locks says", function()
 
     --- Whatever may still be under way: this key and mode, now.
     local function agree_on(key, shared, held)
-      local this = name(shared and "ShareLock" or "ExclusiveLock", pglocks.key(key))
+      local this = name(shared, key)
       local got = on_server(conn)
       if (got:find(this, 1, true) ~= nil) ~= held then
         error(("'%s' is %sheld, but '%s'"):format(this, held and "" or "not ", got), 2)
@@ -568,10 +481,10 @@ describe("the outcome of a call is what pg_locks says", function()
       end
       repeat pcall(conn.query, conn, "ROLLBACK") until not in_transaction(conn)
       assert(#conn:locks() == 0)
-      if on_server(conn) ~= "" then
+      if on_server(conn) ~= "nothing" then
         support.wait_until("what could not be released inside", function()
           pcall(conn.ping, conn)
-          return on_server(conn) == ""
+          return on_server(conn) == "nothing"
         end)
       end
     end
