@@ -374,7 +374,7 @@ for where, owner in pairs {
       assert.same({ true, "a" }, { call("with_lock", 42, { shared = true }, callable, "a") })
     end)
 
-    it("keeps the error of its function, whatever that is, and releases before it goes on", function()
+    it("row 20, holding: keeps the error of its function, whatever that is, and releases before it goes on", function()
       for _, thrown in ipairs { setmetatable({}, {}), "a string", 42, true } do
         assert.equal(thrown, raised(call, "with_lock", 42, function() error(thrown, 0) end))
         assert.is_true(is_free(42))
