@@ -28,7 +28,7 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test test-servers long contended stress lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test test-servers test-libpq long contended stress lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
      build/failing_malloc.so build/jumping_clock.so
 
@@ -50,6 +50,12 @@ $(eval $(call variant,jit,$(LUAJIT_INCDIR),$(CFLAGS)))
 # The module stays loaded to the end, so that a leak can be told by its function's name.
 $(eval $(call variant,asan-5.4,$(LUA_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
 $(eval $(call variant,asan-jit,$(LUAJIT_INCDIR),$(SANITIZE) -Wl$(comma)-z$(comma)nodelete))
+
+# With the newest libpq that tools/fetch-postgres knows, which has a cancel request of its own kind.
+NEWEST_LIBPQ = $(lastword $(sort $(wildcard build/postgres/18*/native/lib)))
+newest_libpq = $(CFLAGS) -D_GNU_SOURCE -include spec/faults/libpq17.h -L$(NEWEST_LIBPQ) -Wl$(comma)-rpath$(comma)$(CURDIR)/$(NEWEST_LIBPQ)
+$(eval $(call variant,libpq-5.4,$(LUA_INCDIR),$(newest_libpq)))
+$(eval $(call variant,libpq-jit,$(LUAJIT_INCDIR),$(newest_libpq)))
 
 # The spec of failing allocations: a program that holds the interpreter itself.
 define alloc
@@ -93,6 +99,15 @@ test-servers:
 	@tools/install-deps test
 	@$(MAKE) -s --no-print-directory all
 	@tools/test-servers $(SERVERS) -- $(SPEC) $(TEST_ARGS)
+
+LIBPQ_SPECS := $(addprefix spec/,interrupt_spec.lua guard_spec.lua connection_spec.lua steps_spec.lua \
+                 faults/session_spec.lua faults/stress_spec.lua)
+test-libpq:
+	@tools/install-deps test
+	@tools/fetch-postgres 18 >/dev/null
+	@$(MAKE) -s --no-print-directory all $(runtimes:%=build/libpq-%/pglocks/core.so)
+	@PGLOCKS_BUILD=libpq- PGLOCKS_TEST_BINDIR=$$(tools/fetch-postgres 18) \
+	tools/with-postgres tools/run-specs $(or $(SPEC),$(LIBPQ_SPECS)) $(TEST_ARGS)
 
 # Every allocation of Lua fails once, 500 coroutines wait, processes contend for longer.
 long:
@@ -167,6 +182,7 @@ help:
 	@echo "make demo       see it work, on a PostgreSQL of its own"
 	@echo "make test       run the specs under both; SPEC=file TEST_ARGS=--filter=name RUNTIMES=5.4|jit"
 	@echo "make test-servers  run them on several versions of PostgreSQL; SERVERS=\"13 15 17 18\" SPEC=..."
+	@echo "make test-libpq  run those of cancelling and connecting with libpq 18; SPEC=... RUNTIMES=5.4|jit"
 	@echo "make long       the same, with more rounds in those that could always do more"
 	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
 	@echo "make stress     prove mutual exclusion, long; ROUNDS=10000 RUNTIMES=5.4|jit"

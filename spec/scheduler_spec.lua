@@ -173,7 +173,7 @@ local function under(name, loop)
       support.signal("CONT", conn.backend_pid)
       assert.is_false(ok)
       assert.equal("unknown", err.code)
-      assert.equal(30, err.free_by)
+      assert.equal(60, err.free_by)
     end)
 
     test("refuses a second coroutine on one connection, and the first is unharmed", function()

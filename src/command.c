@@ -4,6 +4,7 @@
  * skips the rest of it and nothing else; its answers come back in the order sent. */
 #include "pglocks.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -238,6 +239,13 @@ void command_sync(struct session *s) {
   if (c != NULL) command_end(s, c, true);
 }
 
+void command_nothing(struct session *s) {
+  struct command *c = command_begin(s, NULL);
+  if (c == NULL) return;
+  c->abandoned = true;
+  command_end(s, c, true);
+}
+
 void command_rollback(struct session *s) {
   struct command *c = command_begin(s, NULL);
   if (c == NULL) return;
@@ -369,6 +377,13 @@ static void take_results(struct session *s) {
   }
 }
 
+/* The end of a stream is the server's doing, and its session has ended with it. An error of TCP is
+ * not: the server may still hold what it was asked for, and may not have heard what it was told. */
+static bool network_failed(const struct session *s, int error) {
+  const char *host = PQhost(s->pg);
+  return error != 0 && s->pump_fd < 0 && host != NULL && *host != '/' && *host != '@';
+}
+
 bool commands_collect(struct session *s) {
   bool readable = true;
   /* A TLS record may hold more than one read takes, and leave nothing for the socket to tell. */
@@ -378,14 +393,16 @@ bool commands_collect(struct session *s) {
   if (s->pump_fd >= 0 && s->given == 0) reads = 0;
   s->given = 0;
   while (s->pg != NULL && readable && (reads-- > 0 || (more && is_ready(PQsocket(s->pg), POLLIN)))) {
+    errno = 0;
     readable = PQconsumeInput(s->pg);
+    s->broken = s->broken || (!readable && network_failed(s, errno));
     take_results(s);
   }
   if (s->pg == NULL) return false;
   if (s->doomed)
     session_lose(s, LOST, s->loss.sqlstate, s->loss.message);
   else if (!readable || PQstatus(s->pg) == CONNECTION_BAD)
-    session_lose(s, LOST, "", PQerrorMessage(s->pg));
+    session_lose(s, s->broken ? UNKNOWN : LOST, "", PQerrorMessage(s->pg));
   else if (s->oldest == NULL)
     session_note_transaction(s);
   return s->pg != NULL;

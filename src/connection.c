@@ -133,12 +133,13 @@ static int take(lua_State *L) {
 }
 
 /* give(conn, bytes): the number of them that libpq has room for; step(conn) makes more.
- * give(conn): there will be no more. */
+ * give(conn [, nil, broken]): there will be no more; broken: because the network failed. */
 static int give(lua_State *L) {
   struct session *s = connection_check(L, 1);
   size_t length;
   const char *bytes = luaL_optlstring(L, 2, NULL, &length);
   ssize_t n = 0;
+  if (lua_toboolean(L, 3)) s->broken = true;
   if (s->pump_fd >= 0 && bytes == NULL)
     shutdown(s->pump_fd, SHUT_RDWR);
   else if (s->pump_fd >= 0)

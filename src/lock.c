@@ -9,6 +9,7 @@
 #include <string.h>
 
 #define MAGIC 0x70676c6cu
+#define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 
 /* A lock in LOCK_HELD is held as long as its session is open and its holding of its generation. */
@@ -241,12 +242,16 @@ static void acquire_send(struct session *s) {
 static void granted(struct session *s) {
   struct operation *op = &s->op;
   struct lock *lock = op->lock;
+  lock->waited = monotonic_now() - op->started;
+  /* Where nothing of ours reaches the server any more, it repeats the grant, which for TCP is a sign
+   * of life: only what we send ourselves, and nobody acknowledges, tells us so in time. */
+  if (lock->waited > LONG_WAIT) command_nothing(s);
+  if (op->done) return; /* lost */
   op->holding->count++;
   lock->holding = op->holding;
   lock->generation = op->holding->generation;
   lock->state = LOCK_HELD;
   lock->acquired = true;
-  lock->waited = monotonic_now() - op->started;
   op->failure.code = NO_ERROR;
   finished(s, NO_ERROR, "");
 }

@@ -119,7 +119,9 @@ struct failure {
   char message[MESSAGE_SIZE];
 };
 
-#define FREED_BY 30 /* seconds after which the server has given up a connection we left */
+/* Seconds after which the server has given up a connection that we left: it hears nothing for 30,
+ * and may grant a lock at the end of these, whose answer it then repeats for 30 more. */
+#define FREED_BY 60
 
 void failure_set(struct failure *failure, enum code code, const char *sqlstate,
                  const char *format, ...) __attribute__((format(printf, 4, 5)));
@@ -172,6 +174,8 @@ void command_simple(struct session *s, const char *first, const char *second);
 void command_unlock_all(struct session *s);
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
 void command_sync(struct session *s);
+/* A Sync that nobody waits for. */
+void command_nothing(struct session *s);
 /* Ends the transaction without waiting; what comes next finds it ended. */
 void command_rollback(struct session *s);
 /* Takes in what has arrived and hands out answers; never waits. False: the session is lost. */
@@ -270,6 +274,7 @@ struct session {
   int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
                 * not know the server's address then, and cannot send it a cancel request */
   bool unflushed; /* libpq has more to write than its socket took */
+  bool broken;    /* not the server, but the network ended it */
   bool written;   /* there may be something to take at that end */
   size_t given; /* bytes for libpq to read at its end */
   struct operation op;

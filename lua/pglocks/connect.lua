@@ -18,9 +18,11 @@ local SERVER_FREES = 30 -- a vanished client's locks, by the settings below
 local CLIENT_DEFAULTS = {
   fallback_application_name = "pglocks",
   keepalives = "1",
-  keepalives_idle = "5",
-  keepalives_interval = "2",
-  keepalives_count = "3",
+  -- Often, because what was last heard before the network stopped may be that old already: so a
+  -- silence of 7 s is always survived.
+  keepalives_idle = "2",
+  keepalives_interval = "1",
+  keepalives_count = "8",
   tcp_user_timeout = "10000",
 }
 

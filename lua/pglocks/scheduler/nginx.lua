@@ -50,7 +50,7 @@ local function send_all(conn, pump)
   local bytes = take(conn)
   while bytes do
     if not pump.socket or not pump.socket:send(bytes) then
-      give(conn) -- libpq then sees the end
+      give(conn, nil, pump.socket ~= nil) -- libpq then sees the end
       return
     end
     bytes = #bytes == 16384 and take(conn)
@@ -68,7 +68,7 @@ local function receive(conn, pump, seconds)
   if bytes then
     deliver(conn, pump, bytes)
   elseif err ~= "timeout" then
-    give(conn)
+    give(conn, nil, err ~= "closed")
   end
 end
 
