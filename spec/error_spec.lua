@@ -255,13 +255,13 @@ describe("connecting", function()
   end
 
   it("is refused where nobody listens", function()
-    assert.is_nil(refused({ host = "127.0.0.1", port = 1 }).sqlstate)
-    assert.is_nil(refused({ host = "/nowhere" }).sqlstate)
-    assert.is_truthy(refused("host=/nowhere").message:find "/nowhere")
+    assert.is_nil(refused({ host = "127.0.0.1", port = 1, timeout = 0.2 }).sqlstate)
+    assert.is_nil(refused({ host = "/nowhere", timeout = 0.2 }).sqlstate)
+    assert.is_truthy(refused("host=/nowhere connect_timeout=1").message:find "/nowhere")
   end)
 
   it("tells what every one of several hosts said", function()
-    local message = refused({ host = "/nowhere,127.0.0.1", port = "5432,1" }).message
+    local message = refused({ host = "/nowhere,127.0.0.1", port = "5432,1", timeout = 0.2 }).message
     assert.is_truthy(message:find("/nowhere", 1, true))
     assert.is_truthy(message:find("127.0.0.1", 1, true))
   end)
@@ -365,13 +365,14 @@ describe("a password", function()
       for i = 1, select("#", ...) do
         local conninfo = select(i, ...):gsub("\\0", "\0")
         print("--", i)
-        show(select(2, pcall(pglocks.connect, conninfo)))
-        show(select(2, pcall(pglocks.connect, { conninfo = conninfo, timeout = 5 })))
+        local keywords, wrong = require "pglocks.connect".describe(conninfo)
+        show(not keywords and wrong)
+        show(select(2, pcall(pglocks.connect, { conninfo = conninfo, timeout = 0.02 })))
         show(select(2, pcall(pglocks.connect, { conninfo = conninfo, password = "CANARY", port = "nonsense" })))
         show(select(2, pcall(pglocks.setup, conninfo)))
-        show(select(2, pcall(pglocks.lock, 42)))
+        show(select(2, pcall(pglocks.lock, 42, { timeout = 0.02 })))
         show(select(2, pcall(pglocks.setup, { databases = { other = conninfo } })))
-        show(select(2, pcall(pglocks.lock, 42, { using = "other" })))
+        show(select(2, pcall(pglocks.lock, 42, { using = "other", timeout = 0.02 })))
       end
       show(select(2, pcall(pglocks.connect, { password = { "CANARY" } })))
       show(select(2, pcall(pglocks.connect, { password = "CANARY", nonsense = "CANARY" })))
@@ -397,5 +398,27 @@ describe("a password", function()
     assert.same({}, leaks)
     assert.equal("the end", last)
     assert.equal(#corpus, case)
+  end)
+
+  it("is in no line of the server's log, no notice and no tostring", function()
+    local since = support.log()
+    if not since then return pending "the server's log cannot be read" end
+    local described = { conninfo = support.conninfo, host = "127.0.0.1", user = "scram_user", password = "secret of scram" }
+    local said = {}
+    local function say(_, err, locks) said[#said + 1] = tostring(err) .. tostring(locks[1] and locks[1].name) end
+    described.on_lost = say
+    local conn = pglocks.connect(described)
+    local lock = conn:lock("x", { comment = true })
+    said[#said + 1] = tostring(conn) .. tostring(lock)
+    conn:query "SET log_statement = 'all'"
+    conn:query "DO $$ BEGIN RAISE WARNING 'a warning'; END $$"
+    said[#said + 1] = tostring(support.raised(conn.query, conn, "SELECT 1/0"))
+    support.observe("SELECT pg_terminate_backend($1)", conn.backend_pid)
+    support.wait_until("the loss", function() return not conn:alive() end)
+    said[#said + 1] = tostring(support.raised(lock.release, lock))
+    described.password = "wrong secret"
+    said[#said + 1] = tostring(support.raised(pglocks.connect, described))
+    said[#said + 1] = since()
+    assert.is_nil(table.concat(said, "\n"):find "secret")
   end)
 end)

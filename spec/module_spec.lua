@@ -179,7 +179,7 @@ describe("an ordinary life", function()
       assert(not lock:held() and not other:alive())
       assert(not pcall(lock.release, lock))
       other:close()
-      assert(not pcall(pglocks.connect, { host = "/nowhere" }))
+      assert(not pcall(pglocks.connect, { host = "/nowhere", timeout = 0.1 }))
       assert(not pcall(pglocks.connect, "password=my s3cret"))
       other = pglocks.connect { conninfo = conninfo, on_lost = function() error "on_lost itself" end }
       conn:query("SELECT pg_terminate_backend($1)", other.backend_pid)

@@ -285,12 +285,16 @@ end
 
 --- Opens what `describe` has read: address after address, and again from the first one while a
 --- server may only be starting, stopping or full, until the time is over.
+---@param keywords table<string, string>
+---@param options table
+---@param limit? number  seconds that a caller has left, where that is less than the options say
 ---@return userdata connection
-local function connect(keywords, options)
+local function connect(keywords, options, limit)
   local scheduler = options.scheduler
   local attempts, host_timeout = each_address(keywords, scheduler and scheduler.connect)
   if not host_timeout or host_timeout <= 0 then host_timeout = HOST_TIMEOUT end
-  local deadline = core.now() + (options.timeout or host_timeout * #attempts)
+  local seconds = math.min(options.timeout or host_timeout * #attempts, limit or math.huge)
+  local deadline = core.now() + seconds
   local sleep = scheduler and scheduler.sleep or core.sleep
   local pause, reason = FIRST_PAUSE, nil
   while true do

@@ -148,7 +148,12 @@ local function owner(name, key, options)
   end
   core.check(key, options)
   local keywords, own = described[1], described[2]
-  found = own.scheduler and pool.new(keywords, own, own.scheduler) or opening.connect(keywords, own)
+  if own.scheduler then
+    found = pool.new(keywords, own, own.scheduler)
+  else
+    local timeout = options and options.timeout
+    found = opening.connect(keywords, own, timeout ~= 0 and timeout or nil)
+  end
   owners[name] = found
   return found
 end
@@ -169,7 +174,9 @@ end
 
 local function choose(key, options)
   local name, rest = split(options)
-  return owner(name, key, rest), rest
+  local began = core.now()
+  local found = owner(name, key, rest)
+  return found, pool.remaining(rest, core.now() - began)
 end
 
 -- Locks as a connection does, on the one that `using` names.

@@ -113,10 +113,11 @@ local function opened(self, conn)
   return conn
 end
 
-function Pool:open()
+function Pool:open(deadline)
   local one = setmetatable({ pool = self, conn = false }, Opening)
   self.openings[one] = core.now() + LONGEST_OPENING
-  return run(one, opened, opening.connect, self.keywords, self.options)
+  local limit = math.max(0.001, deadline - core.now())
+  return run(one, opened, opening.connect, self.keywords, self.options, limit)
 end
 
 local function count(set)
@@ -126,7 +127,7 @@ local function count(set)
 end
 
 -- One that is free, or a new one; nil if there are enough.
-function Pool:find()
+function Pool:find(deadline)
   while #self.free > 0 do
     local conn = table.remove(self.free)
     local attach = self.scheduler.attach
@@ -140,7 +141,7 @@ function Pool:find()
     end
   end
   if count(self.lent) + count(self.openings) < (self.options.pool_size or SIZE) then
-    return self:open()
+    return self:open(deadline)
   end
 end
 
@@ -169,7 +170,7 @@ local function queue_up(ticket, deadline)
     ticket.looks_at, ticket.token = core.now(), scheduler.token()
     scheduler.park(math.min(left, queue[1] == ticket and FIRST_LOOKS or OTHERS_LOOK))
     pool:reclaim()
-    local conn = pool:find()
+    local conn = pool:find(deadline)
     if conn then return conn end
   end
 end
@@ -182,7 +183,7 @@ end
 -- A connection that only the caller has; nil when none came free until `deadline`.
 function Pool:take(deadline)
   if self.scheduler.enter then self.scheduler.enter() end
-  local conn = not self.queue[1] and self:find()
+  local conn = not self.queue[1] and self:find(deadline)
   if conn then return conn end
   local ticket = setmetatable({ pool = self }, Ticket)
   return run(ticket, leave, queue_up, ticket, deadline)
@@ -202,7 +203,7 @@ end
 
 local function through(...) return ... end
 
--- The options, with what is left of their timeout.
+--- The options, with what is left of their timeout.
 local function remaining(options, spent)
   if not options or not options.timeout or options.timeout == 0 or spent < 0.001 then
     return options
@@ -250,4 +251,4 @@ function Pool:attempt(key, options)
   return through(with_connection(self, scheduled.attempt, key, options, raise_timeout))
 end
 
-return { new = new }
+return { new = new, remaining = remaining }

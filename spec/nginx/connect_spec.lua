@@ -66,8 +66,8 @@ describe("a connection inside nginx", function()
     add("/several", 'host = "nowhere.example,/nonexistent,127.0.0.1"', 'password = "secret of scram"')
     add("/no-tls", 'host = "127.0.0.1", password = "secret of scram", sslmode = "disable"',
       'channel_binding = "require"')
-    all["/nowhere"] = CONNECT:format 'host = "/nonexistent", port = 5432'
-    all["/refused"] = CONNECT:format 'host = "127.0.0.1", port = 1'
+    all["/nowhere"] = CONNECT:format 'host = "/nonexistent", port = 5432, timeout = 0.2'
+    all["/refused"] = CONNECT:format 'host = "127.0.0.1", port = 1, timeout = 0.2'
     all["/pairs"] = [[
       local pglocks = require "pglocks"
       for i = 1, 100 do pglocks.with_lock("pair " .. i % 7, function(lock) assert(lock:held()) end) end

@@ -151,9 +151,10 @@ local function address_of(keywords)
     ('connection to server at "%s", port %s failed: '):format(name, port), password
 end
 
-local function connect_socket(pump, pool_options)
+local function connect_socket(pump, pool_options, seconds)
   local socket, address = ngx.socket.tcp(), pump.address
   local ok, err
+  socket:settimeout(math.max(1, math.ceil(seconds * 1000)))
   if address[2] then
     ok, err = socket:connect(address[1], address[2], pool_options)
   else
@@ -184,7 +185,7 @@ function scheduler.connect(keywords, seconds, on_lost)
   local socket, err
   repeat
     if err then ngx.sleep(SHORTLY) end
-    socket, err = connect_socket(pump, { pool = pump.pool, pool_size = 1 })
+    socket, err = connect_socket(pump, { pool = pump.pool, pool_size = 1 }, deadline - core.now())
   until socket or err ~= FULL or core.now() > deadline
   if not socket then return nil, where .. err end
   if descriptor_of then core.keep_alive(descriptor_of(socket), keywords) end
@@ -220,7 +221,7 @@ local COLLECTORS, COLLECTORS_STAY = 32, 1
 local work, jobs, collectors = semaphore.new(), {}, 0
 
 local function attach(conn, pump)
-  pump.socket = connect_socket(pump, { pool = pump.pool, pool_size = 1 })
+  pump.socket = connect_socket(pump, { pool = pump.pool, pool_size = 1 }, KEEPALIVE)
   pump.request = get_request()
   if pump.socket and (pump.socket:getreusedtimes() or 0) > 0 then return true end
   if pump.socket then pump.socket:close() end -- nginx had closed the old one
