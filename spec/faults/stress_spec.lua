@@ -19,7 +19,7 @@ local is_costly = support.slow >= 10 -- under valgrind, where a process takes se
 local ROUNDS = LONG or math.max(60, math.floor(600 * support.size))
 local PROCESSES = is_costly and 4 or 16
 -- Then no new session begins: on a busy machine the short form does fewer rounds.
-local SECONDS = LONG and 540 or 7 * support.slow
+local SECONDS = LONG and 540 or math.min(7 * support.slow, 30)
 
 -- ---- the processes ----------------------------------------------------------------------
 
