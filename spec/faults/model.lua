@@ -5,7 +5,7 @@
 --- *section* is what an owner does between taking a lock and letting it go; N counts the sections
 --- of an owner, and "OWNER#N" names one everywhere.
 ---
----   open PID                    the session is there
+---   open PID                    the session is there: dated when it was asked for
 ---   invoke N KEY MODE           a call will now ask for the lock; MODE: exclusive, shared
 ---   grant N KEY MODE            it has returned, and says that it got the lock
 ---   fail N KEY MODE CODE        it has returned without the lock, or raised this error code
@@ -195,15 +195,7 @@ function model.check(events)
     return true
   end
 
-  -- Two sections, one of which has met the other: at `e`.
-  local function meet(e, section, other)
-    if other and conflict(section, other) and confirmed[section.name] and confirmed[other.name] then
-      return wrong(e, "they met, and both were confirmed", other.granted)
-    end
-    return true
-  end
-
-  local meetings = {}
+  local meetings = {} -- of a section with another one, which may not have begun yet by the clock
   local step = {}
 
   function step.open(_, owner)
@@ -254,7 +246,7 @@ function model.check(events)
   end
 
   function step.met(e, _, section)
-    meetings[#meetings + 1] = { e, section }
+    meetings[#meetings + 1] = { e, section, e.words[3] }
     return true
   end
 
@@ -277,7 +269,7 @@ function model.check(events)
 
   function step.seen(e, owner)
     local client, server = e.rest:match "^(.+) | (.+)$"
-    if client ~= server then return wrong(e, "the connection and the server disagree") end
+    if not client or client ~= server then return wrong(e, "the connection and the server disagree") end
     if not owner.interrupted then
       local expected = holdings(owner)
       if server ~= expected then return wrong(e, "by this history it holds " .. expected) end
@@ -360,9 +352,11 @@ function model.check(events)
     if not ok then return nil, why, at end
   end
 
-  for _, m in ipairs(meetings) do
-    local ok, why, at = meet(m[1], m[2], sections[m[1].words[3]])
-    if not ok then return nil, why, at end
+  for _, meeting in ipairs(meetings) do
+    local e, section, other = meeting[1], meeting[2], sections[meeting[3]]
+    if other and conflict(section, other) and confirmed[section.name] and confirmed[other.name] then
+      return wrong(e, "they met, and both were confirmed", other.granted)
+    end
   end
   for _, owner in pairs(owners) do
     if not owner.over and not owner.struck then return wrong(owner.last, "it did not end") end

@@ -233,7 +233,7 @@ local function connect(session)
   while true do
     sessions = sessions + 1
     owner = process .. "." .. sessions
-    local told = {}
+    local began, told = core.now(), {}
     local ok, conn = pcall(pglocks.connect, {
       conninfo = support.conninfo,
       application_name = "stress " .. owner,
@@ -242,7 +242,10 @@ local function connect(session)
       reply_timeout = 10 * support.slow,
       on_lost = function(_, err) told[#told + 1] = err end,
     })
-    if ok then return conn, told end
+    if ok then
+      note_at(began, "open", conn.backend_pid) -- struck since, it may be lost
+      return conn, told
+    end
     if not RETRY[code_of(conn)] or core.now() > patience then error(conn, 0) end
     session.sleep(0.05)
   end
@@ -251,7 +254,6 @@ end
 local function run(session)
   local conn, told = connect(session)
   session.told = told -- by on_lost
-  note("open", conn.backend_pid)
   session.conn = conn
 
   local ok, err = pcall(function()
