@@ -41,7 +41,7 @@
 ---    end explains that.
 --- 3. What a session holds by this history, what its connection says, and what pg_locks says are
 ---    one, after whatever outcome.
---- 4. No session is lost that was not struck; and one that was not struck was asked, as its last
+--- 4. No session is lost or interrupted that was not struck so; and one that was not struck was asked, as its last
 ---    act, for what it had left behind: nothing.
 
 local model = {}
@@ -120,6 +120,7 @@ local function survey(events)
       for name, owner in pairs(owners) do
         if (target == "*" or hits(target, name)) and owner.opened <= until_when then
           owner.struck = math.min(owner.struck or math.huge, e.time)
+          owner.interrupt = owner.interrupt or e.words[2] == "interrupt" and e.time
         end
       end
     end
@@ -289,7 +290,8 @@ function model.check(events)
     return true
   end
 
-  function step.interrupted(_, owner)
+  function step.interrupted(e, owner)
+    if not (owner.interrupt and owner.interrupt <= e.time) then return wrong(e, "nobody interrupted it") end
     owner.interrupted = true
     return true
   end

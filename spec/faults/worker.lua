@@ -299,7 +299,10 @@ local function main()
           if session.conn then session.conn:cancel() end
         end
       end)
-      assert(loop:loop())
+      -- On LuaJIT Ctrl-C may surface within a coroutine, and then as any failure of the loop. The
+      -- model sees to it that nothing else passes for Ctrl-C.
+      local looped, why = loop:loop()
+      if not looped then error("interrupted! " .. tostring(why), 0) end
       if not ok then error(err, 0) end
     else
       run(session)
@@ -310,8 +313,9 @@ end
 -- Where Ctrl-C struck is not known, but that the connection and the server agree.
 local function after_interrupt(session)
   local conn = session and session.conn
-  if not conn or session.scheduled then return end
+  if not conn then return end
   note "interrupted"
+  if session.scheduled then return end -- nobody drives it on; the end of this process ends it
   session.patient = true
   local ok, err = pcall(look, session)
   if not ok then
