@@ -5,7 +5,7 @@
 --- *section* is what an owner does between taking a lock and letting it go; N counts the sections
 --- of an owner, and "OWNER#N" names one everywhere.
 ---
----   open PID                    the session is there
+---   open PID                    the session is there: dated when it was asked for
 ---   invoke N KEY MODE           a call will now ask for the lock; MODE: exclusive, shared
 ---   grant N KEY MODE            it has returned, and says that it got the lock
 ---   fail N KEY MODE CODE        it has returned without the lock, or raised this error code
@@ -41,7 +41,7 @@
 ---    end explains that.
 --- 3. What a session holds by this history, what its connection says, and what pg_locks says are
 ---    one, after whatever outcome.
---- 4. No session is lost that was not struck; and one that was not struck was asked, as its last
+--- 4. No session is lost or interrupted that was not struck so; and one that was not struck was asked, as its last
 ---    act, for what it had left behind: nothing.
 
 local model = {}
@@ -120,6 +120,7 @@ local function survey(events)
       for name, owner in pairs(owners) do
         if (target == "*" or hits(target, name)) and owner.opened <= until_when then
           owner.struck = math.min(owner.struck or math.huge, e.time)
+          owner.interrupt = owner.interrupt or e.words[2] == "interrupt" and e.time
         end
       end
     end
@@ -195,15 +196,7 @@ function model.check(events)
     return true
   end
 
-  -- Two sections, one of which has met the other: at `e`.
-  local function meet(e, section, other)
-    if other and conflict(section, other) and confirmed[section.name] and confirmed[other.name] then
-      return wrong(e, "they met, and both were confirmed", other.granted)
-    end
-    return true
-  end
-
-  local meetings = {}
+  local meetings = {} -- of a section with another one, which may not have begun yet by the clock
   local step = {}
 
   function step.open(_, owner)
@@ -254,7 +247,7 @@ function model.check(events)
   end
 
   function step.met(e, _, section)
-    meetings[#meetings + 1] = { e, section }
+    meetings[#meetings + 1] = { e, section, e.words[3] }
     return true
   end
 
@@ -277,7 +270,7 @@ function model.check(events)
 
   function step.seen(e, owner)
     local client, server = e.rest:match "^(.+) | (.+)$"
-    if client ~= server then return wrong(e, "the connection and the server disagree") end
+    if not client or client ~= server then return wrong(e, "the connection and the server disagree") end
     if not owner.interrupted then
       local expected = holdings(owner)
       if server ~= expected then return wrong(e, "by this history it holds " .. expected) end
@@ -297,7 +290,8 @@ function model.check(events)
     return true
   end
 
-  function step.interrupted(_, owner)
+  function step.interrupted(e, owner)
+    if not (owner.interrupt and owner.interrupt <= e.time) then return wrong(e, "nobody interrupted it") end
     owner.interrupted = true
     return true
   end
@@ -360,9 +354,11 @@ function model.check(events)
     if not ok then return nil, why, at end
   end
 
-  for _, m in ipairs(meetings) do
-    local ok, why, at = meet(m[1], m[2], sections[m[1].words[3]])
-    if not ok then return nil, why, at end
+  for _, meeting in ipairs(meetings) do
+    local e, section, other = meeting[1], meeting[2], sections[meeting[3]]
+    if other and conflict(section, other) and confirmed[section.name] and confirmed[other.name] then
+      return wrong(e, "they met, and both were confirmed", other.granted)
+    end
   end
   for _, owner in pairs(owners) do
     if not owner.over and not owner.struck then return wrong(owner.last, "it did not end") end

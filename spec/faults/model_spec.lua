@@ -128,6 +128,7 @@ describe("the model of advisory locks", function()
     ["an unknown outcome: no such outcome"] = between(one[1], "3 a fail 1 x exclusive unknown"),
     ["an error: an error"] = between "3 a error anything at all",
     ["a loss that nobody caused: nobody struck it"] = after_one("4 a lost"),
+    ["Ctrl-C that nobody pressed: nobody interrupted it"] = between("3 - strike a terminate", "4 a interrupted"),
     ["a loss before the strike: nobody struck it"] = after_one("4 a lost", "5 - strike a terminate"),
     ["a loss after the server was there again: nobody struck it"] = killed_server .. "8 c lost\n",
     ["a session that goes on after its loss: it has ended"] =

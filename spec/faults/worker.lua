@@ -233,7 +233,7 @@ local function connect(session)
   while true do
     sessions = sessions + 1
     owner = process .. "." .. sessions
-    local told = {}
+    local began, told = core.now(), {}
     local ok, conn = pcall(pglocks.connect, {
       conninfo = support.conninfo,
       application_name = "stress " .. owner,
@@ -242,7 +242,10 @@ local function connect(session)
       reply_timeout = 10 * support.slow,
       on_lost = function(_, err) told[#told + 1] = err end,
     })
-    if ok then return conn, told end
+    if ok then
+      note_at(began, "open", conn.backend_pid) -- struck since, it may be lost
+      return conn, told
+    end
     if not RETRY[code_of(conn)] or core.now() > patience then error(conn, 0) end
     session.sleep(0.05)
   end
@@ -251,7 +254,6 @@ end
 local function run(session)
   local conn, told = connect(session)
   session.told = told -- by on_lost
-  note("open", conn.backend_pid)
   session.conn = conn
 
   local ok, err = pcall(function()
@@ -297,7 +299,10 @@ local function main()
           if session.conn then session.conn:cancel() end
         end
       end)
-      assert(loop:loop())
+      -- On LuaJIT Ctrl-C may surface within a coroutine, and then as any failure of the loop. The
+      -- model sees to it that nothing else passes for Ctrl-C.
+      local looped, why = loop:loop()
+      if not looped then error("interrupted! " .. tostring(why), 0) end
       if not ok then error(err, 0) end
     else
       run(session)
@@ -308,8 +313,9 @@ end
 -- Where Ctrl-C struck is not known, but that the connection and the server agree.
 local function after_interrupt(session)
   local conn = session and session.conn
-  if not conn or session.scheduled then return end
+  if not conn then return end
   note "interrupted"
+  if session.scheduled then return end -- nobody drives it on; the end of this process ends it
   session.patient = true
   local ok, err = pcall(look, session)
   if not ok then
