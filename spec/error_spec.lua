@@ -410,7 +410,6 @@ describe("a password", function()
     local conn = pglocks.connect(described)
     local lock = conn:lock("x", { comment = true })
     said[#said + 1] = tostring(conn) .. tostring(lock)
-    conn:query "SET log_statement = 'all'"
     conn:query "DO $$ BEGIN RAISE WARNING 'a warning'; END $$"
     said[#said + 1] = tostring(support.raised(conn.query, conn, "SELECT 1/0"))
     support.observe("SELECT pg_terminate_backend($1)", conn.backend_pid)
