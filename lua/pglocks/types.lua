@@ -84,6 +84,7 @@
 --- default with a scheduler
 ---@field scheduler? pglocks.waits  who waits for the connection; without it that of `setup`
 ---@field pool_size? integer  connections at most for module-level locks under a scheduler (10)
+---@field lease? number  seconds of silence after which the server ends the session (PostgreSQL 14)
 ---@field allow_standby? boolean
 ---@field pooled? "session"  take a connection pooler's word that it pools sessions only
 ---@field [string] string|number  libpq's keywords
@@ -285,6 +286,20 @@ local core = {}
 ---@return number
 function core.now() end
 
+--- Stops the process for so long, or until a signal comes.
+---@param seconds number
+function core.sleep(seconds) end
+
+--- The numeric addresses of a host, best first; nil: it has none, or is the folder of a Unix socket.
+---@param host string
+---@return string[]|nil
+function core.addresses(host) end
+
+--- Does a message about connecting say that nobody was there, or answered? There may be somebody soon.
+---@param message string
+---@return boolean
+function core.is_transient(message) end
+
 --- Marks a Lua source as pglocks' own: argument errors then name the line that called it.
 ---@param source string  as debug.getinfo names it
 function core.own_source(source) end
@@ -423,8 +438,9 @@ function core.take(conn) end
 --- Hands libpq what came from the server.
 ---@param conn pglocks.connection
 ---@param bytes? string  nil: there will be no more
+---@param broken? boolean  because the network failed
 ---@return integer count  of the bytes that libpq had room for; `core.step` makes more
-function core.give(conn, bytes) end
+function core.give(conn, bytes, broken) end
 
 --- Is an answer of the server still to come?
 ---@param conn pglocks.connection

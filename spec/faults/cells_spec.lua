@@ -23,4 +23,15 @@ describe("the table of faults", function()
     assert.same({}, missing)
     for name in listed:gmatch "row %w+, %a+" do assert.is_true(expected[name], name) end
   end)
+
+  it("names the specs of each guarantee", function()
+    local listed, missing = names(), {}
+    for _, guarantee in ipairs(cells.guarantees) do
+      for i = 2, #guarantee do
+        local is_there = listed:find(guarantee[i], 1, true)
+        if not is_there then missing[#missing + 1] = guarantee[i] end
+      end
+    end
+    assert.same({}, missing)
+  end)
 end)

@@ -438,7 +438,7 @@ describe("a network that stops", function()
 
   cell(7, "connecting", "an RST: refused when its time is over", "reset", function(of)
     says(of.connecting, "connected", "connect", HOST_TIMEOUT + AT_ONCE)
-    says(of.handshake, "connected", "connect", HOST_TIMEOUT + AT_ONCE)
+    says(of.handshake, "connected", "connect", 2 * HOST_TIMEOUT + AT_ONCE)
   end)
 
   cell(7, "waiting", "an RST: raises at once, and leaves the queue", "reset", function(of)
