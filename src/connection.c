@@ -319,7 +319,7 @@ static int listen_somewhere(char port[8]) {
   return fd;
 }
 
-/* start.connect(keywords, seconds [, on_lost [, pumped]]): a connection whose opening has begun.
+/* start.connect(keywords, seconds [, pumped]): a connection whose opening has begun.
  * pumped: the caller carries the bytes between libpq and the server, with take and give. */
 static int start_connect(lua_State *L) {
   enum { MAX_KEYWORDS = 64 };
@@ -328,10 +328,10 @@ static int start_connect(lua_State *L) {
   struct session *s;
   double seconds = luaL_checknumber(L, 2);
   int n = 0, listener = -1;
-  bool pumped = lua_toboolean(L, 4);
+  bool pumped = lua_toboolean(L, 3);
   char port[8];
   luaL_checktype(L, 1, LUA_TTABLE);
-  lua_settop(L, 3);
+  lua_settop(L, 2);
   for (lua_pushnil(L); lua_next(L, 1); lua_pop(L, 1)) {
     if (n == MAX_KEYWORDS - 2) return luaL_error(L, "too many connection keywords");
     if (lua_type(L, -2) != LUA_TSTRING || lua_type(L, -1) != LUA_TSTRING)
@@ -357,8 +357,6 @@ static int start_connect(lua_State *L) {
   lua_getfield(L, -1, "tell_loss");
   lua_rawseti(L, -3, SLOT_TELL_LOSS);
   lua_pop(L, 1);
-  lua_pushvalue(L, 3);
-  lua_rawseti(L, -2, SLOT_ON_LOST);
   lua_pushvalue(L, -2);
   lua_rawseti(L, -2, SLOT_CONNECTION);
   set_environment(L, -2);
@@ -557,7 +555,8 @@ static int connection_cancel(lua_State *L) {
   return 1;
 }
 
-/* configure(conn, { reply_timeout =, deferred =, scheduled =, pooled =, backend_pid =, on_free = }) */
+/* configure(conn, { reply_timeout =, deferred =, scheduled =, pooled =, backend_pid =, on_lost =,
+ * on_free = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
@@ -566,6 +565,8 @@ static int configure(lua_State *L) {
   if (!lua_isnil(L, -1)) s->deferred = lua_toboolean(L, -1);
   lua_getfield(L, 2, "scheduled");
   if (!lua_isnil(L, -1)) s->scheduled = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "on_lost");
+  if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_LOST);
   lua_getfield(L, 2, "on_free");
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_FREE);
   lua_getfield(L, 2, "pooled");

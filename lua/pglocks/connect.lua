@@ -242,7 +242,7 @@ local function open(keywords, options, time_left)
   local scheduler = options.scheduler
   local began = core.now()
   local begin = scheduler and scheduler.connect or core.start.connect
-  local conn, where = begin(keywords, time_left, options.on_lost)
+  local conn, where = begin(keywords, time_left)
   if not conn then return nil, select(2, pcall(core.raise, "connect", where)) end
   if scheduler then scheduled.adopt(conn, scheduler) end
   local ok, err = scheduled.run(conn)
@@ -255,7 +255,10 @@ local function open(keywords, options, time_left)
     deferred = options.release == "deferred" or scheduler and options.release == nil,
   })
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
-  if ok then return conn end
+  if ok then
+    core.configure(conn, { on_lost = options.on_lost }) -- nobody is told of one that was never his
+    return conn
+  end
   conn:close()
   if type(err) ~= "table" then error(err, 0) end -- Ctrl-C
   if err.code == "unknown" or err.code == "lost" then -- no lock was in question
@@ -300,9 +303,9 @@ local function connect(keywords, options, limit)
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end
-    -- The last try may have had no time to hear why.
-    if err and (err.sqlstate or not (reason and reason.sqlstate)) then reason = err end
     local left = deadline - core.now()
+    -- A round that ran out of time had none to hear why.
+    if not reason or err and left > 0 then reason = err end
     if not again or left < TOO_LATE then error(reason, 0) end
     -- Not all at once, where many wait for one server; the program's random numbers are its own.
     local jitter = core.now() * 1e5 % 1

@@ -260,6 +260,7 @@ function lock:check(timeout) end
 ---@field scheduled? boolean  the methods are those of `core.scheduled`; the end of a scope only sends
 ---@field pooled? boolean
 ---@field backend_pid? integer  of the server process behind a pooler
+---@field on_lost? pglocks.on_lost
 ---@field on_free? fun(conn: pglocks.connection)  called when a lock has been let go
 
 --- Methods that replace the blocking ones on a connection with `scheduled`. Filled by scheduled.lua.
@@ -457,10 +458,9 @@ local start = {}
 --- `core.finish` returns true, or nil and the error.
 ---@param keywords table<string, string>  of libpq
 ---@param seconds number
----@param on_lost? pglocks.on_lost
 ---@param pumped? boolean  the caller carries the bytes, with `core.take` and `core.give`
 ---@return pglocks.connection
-function start.connect(keywords, seconds, on_lost, pumped) end
+function start.connect(keywords, seconds, pumped) end
 
 ---@param conn pglocks.connection
 function start.close(conn) end

@@ -61,7 +61,7 @@ return {
     { "pools of transactions are refused", "that pools by transaction is refused" },
     { "a standby is refused", "is refused, and no session is left there" },
     { "settings of roles do not end a holder", "whatever the role says", "a hostile role and schema" },
-    { "the end of a scope releases, and keeps the error", "is left by", "keeps the error that leaves it" },
+    { "the end of a scope releases, and keeps the error", "row 20, holding", "keeps the error of its function" },
     { "finalizers never raise, in any order and number", "released once by __gc, however often",
       "survives __gc of its connection", "in whatever order they are collected" },
     { "userdata of others do no harm", "makes no other userdata one of ours" },

@@ -10,6 +10,8 @@ local CONNECTING = [[
   local pglocks = require "pglocks"
   local described = assert((loadstring or load)("return " .. options))()
   described.conninfo = conninfo
+  -- Of a connection that connect never returned, nobody is told.
+  described.on_lost = function() print "on_lost was called" end
   local now = require "pglocks.core".now
   local began = now()
   io.stdout:setvbuf "no"

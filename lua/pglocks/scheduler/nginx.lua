@@ -172,7 +172,7 @@ local connections = 0
 --- In the place of core.start.connect.
 ---@return pglocks.connection|nil
 ---@return string what a message about the connection begins with; or why there is none
-function scheduler.connect(keywords, seconds, on_lost)
+function scheduler.connect(keywords, seconds)
   check_phase()
   local deadline = core.now() + seconds
   local address, where, password = address_of(keywords)
@@ -198,7 +198,7 @@ function scheduler.connect(keywords, seconds, on_lost)
     end
   end
   if not address[2] then libpq.host, libpq.sslmode = "localhost", "disable" end -- a Unix socket
-  local conn = core.start.connect(libpq, math.max(0.001, deadline - core.now()), on_lost, true)
+  local conn = core.start.connect(libpq, math.max(0.001, deadline - core.now()), true)
   pumps[conn] = pump
   return conn, where
 end
