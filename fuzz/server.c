@@ -110,15 +110,14 @@ struct statement {
   struct known *on;
 };
 
-enum told { NOTHING, ERROR, DONE, ROW_NULL, ROW_TRUE, ROW_OTHER };
+/* The row of a command: only a statement about a lock has one. */
+enum row { NO_ROW, ROW_NULL, ROW_TRUE, ROW_OTHER };
 
 static struct command {
   struct statement statements[MAX_STATEMENTS];
   int count;
-  bool sent;       /* up to its Sync */
-  bool failed;     /* libpq told of an error */
-  int told_count;
-  enum told told[MAX_STATEMENTS];
+  bool failed; /* libpq told of an error */
+  enum row row;
 } commands[MAX_COMMANDS + 1];
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
@@ -197,16 +196,13 @@ static void ask_sql(const char *sql, const char *const *values) {
 /* What a complete answer of command n says about the lock that it is about. */
 static void conclude(int n) {
   const struct command *c = &commands[n];
-  for (int i = 0; i < c->count; i++) {
+  for (int i = 0; i < c->count && !c->failed; i++) {
     const struct statement *s = &c->statements[i];
-    enum told value = i < c->told_count ? c->told[i] : NOTHING;
     if (s->on == NULL || s->on->given_up >= n) continue;
-    if (s->kind == LOCK)
-      s->on->believed = s->on->believed || (!c->failed && (value == ROW_TRUE || value == ROW_OTHER));
-    else if (s->kind == TRY_LOCK)
-      s->on->believed = s->on->believed || (!c->failed && value == ROW_TRUE);
-    else if (s->kind == LOOK && !c->failed)
-      s->on->believed = value == ROW_TRUE;
+    if (s->kind == LOOK)
+      s->on->believed = c->row == ROW_TRUE;
+    else if (s->kind == TRY_LOCK ? c->row == ROW_TRUE : c->row == ROW_TRUE || c->row == ROW_OTHER)
+      s->on->believed = true;
   }
 }
 
@@ -309,7 +305,6 @@ int __wrap_PQpipelineSync(PGconn *pg) {
 PGresult *__wrap_PQgetResult(PGconn *pg) {
   PGresult *result = __real_PQgetResult(pg);
   struct command *c = &commands[told];
-  enum told what = DONE;
   if (result == NULL) return NULL;
   open_now.results++;
   trace("  told of command %d: %s %s", told, PQresStatus(PQresultStatus(result)),
@@ -324,15 +319,13 @@ PGresult *__wrap_PQgetResult(PGconn *pg) {
     break;
   case PGRES_TUPLES_OK:
     if (PQntuples(result) > 0 && PQnfields(result) > 0)
-      what = PQgetisnull(result, 0, 0)                       ? ROW_NULL
-             : strcmp(PQgetvalue(result, 0, 0), "t") == 0 ? ROW_TRUE
-                                                             : ROW_OTHER;
+      c->row = PQgetisnull(result, 0, 0)                    ? ROW_NULL
+               : strcmp(PQgetvalue(result, 0, 0), "t") == 0 ? ROW_TRUE
+                                                            : ROW_OTHER;
     break;
   default:
     c->failed = true;
-    what = ERROR;
   }
-  if (c->told_count < MAX_STATEMENTS) c->told[c->told_count++] = what;
   return result;
 }
 
@@ -1130,7 +1123,9 @@ static void query(unsigned what) {
   lua_settop(L, TOP);
 }
 
+/* Without a collection meanwhile, which would let go of what has just been listed. */
 static void locks(void) {
+  lua_gc(L, LUA_GCSTOP);
   push_call(CONNECTION_METHODS, "locks");
   if (call("locks", 1) != NULL) finding("locks raises");
   for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
@@ -1143,6 +1138,7 @@ static void locks(void) {
     lua_settop(L, TOP + 1);
   }
   lua_settop(L, TOP);
+  lua_gc(L, LUA_GCRESTART);
 }
 
 static void scope_end(int index) {
@@ -1374,8 +1370,10 @@ static void connect_client(bool scripted) {
   } else if (lua_isnil(L, TOP + 1)) {
     lua_settop(L, TOP + 2);
     harness_error(L, "connect", true);
-  } else
+  } else {
+    receive(); /* what was written until now is no message like those that follow */
     run.connected = true;
+  }
   lua_settop(L, TOP);
 }
 
@@ -1392,6 +1390,7 @@ static void compare(void) {
   lua_settop(L, TOP);
   for (int i = 0; i < 3; i++)
     if (ping() != NULL || peer < 0) return;
+  lua_gc(L, LUA_GCSTOP);
   push_call(CONNECTION_METHODS, "locks");
   call("locks", 1);
   for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
