@@ -90,7 +90,7 @@ static void push_number(void) {
       9007199254740993.0, 2147483647.0, 2147483648.0, -2147483649.0, 4294967296.0, -1.0,
       HUGE_VAL, -HUGE_VAL, NAN};
   static const long long integers[] = {0, 1, -1, INT32_MAX, INT32_MIN, 2147483648LL, -2147483649LL,
-                                       UINT32_MAX, INT64_MAX, INT64_MIN, 1LL << 53, (1LL << 53) + 1};
+                                       UINT32_MAX, INT64_MAX, INT64_MIN, (1LL << 53) + 1};
   union {
     uint64_t bits;
     double n;
@@ -301,9 +301,23 @@ static void add_specials(luaL_Buffer *buffer) {
 /* A conninfo string or a URI with a password in it, well put or not. */
 static void push_conninfo(void) {
   static const char *const assignments[] = {
-      "", "host=a ", "host=a,b port=1,2 ", "port=5432 ", "port=x ", "hostaddr=127.0.0.1 ", "user=u ",
-      "sslmode=disable ", "sslmode=nonsense ", "nonsense=1 ", "dbname=d ", "=", "host = /tmp ",
-      "connect_timeout=1 ", "target_session_attrs=any ", "host=@abstract ", "user "};
+      "",
+      "host=a ",
+      "host=a,b port=1,2 ",
+      "port=5432 ",
+      "port=x ",
+      "hostaddr=127.0.0.1 ",
+      "user=u ",
+      "sslmode=disable ",
+      "sslmode=nonsense ",
+      "nonsense=1 ",
+      "dbname=d ",
+      "=",
+      "host = /tmp ",
+      "connect_timeout=1 ",
+      "target_session_attrs=any ",
+      "host=@abstract ",
+      "user "};
   static const char *const schemes[] = {"postgresql://", "postgres://", "postgresqls://"};
   static const char *const users[] = {"u", "", "u%20", "a.b"};
   static const char *const places[] = {"",        "h",      "h:1",   "[::1]:5432", "h1,h2:2/d",

@@ -60,7 +60,8 @@ struct known {
   int given_up; /* the latest command that unlocks it, or -1 */
   int held;     /* by the server's own count */
   bool shared;
-  bool believed; /* the answers that libpq has told say that it is held */
+  bool believed;  /* the answers that libpq has told say that it is held */
+  bool disproved; /* the guard's do not: the client must say so when its operation is over */
 };
 
 static struct known known[MAX_KEYS];
@@ -79,7 +80,7 @@ static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool s
   k->objsubid = objsubid;
   k->shared = shared;
   k->given_up = -1;
-  k->believed = false;
+  k->believed = k->disproved = false;
   k->held = 0;
   return k;
 }
@@ -127,7 +128,7 @@ static uint32_t big_endian(const char *bytes) {
   return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
 }
 
-/* The lock that binary parameters name: a 64-bit key is one of them, or two halves for the guard. */
+/* The lock that binary parameters name: a 64-bit key is one of them, or for the guard two halves. */
 static struct known *lock_of(const char *const *values, bool halves, bool pair, bool shared) {
   return know(big_endian(values[0]), big_endian(halves || pair ? values[1] : values[0] + 4),
               pair ? 2 : 1, shared);
@@ -199,10 +200,11 @@ static void conclude(int n) {
   for (int i = 0; i < c->count && !c->failed; i++) {
     const struct statement *s = &c->statements[i];
     if (s->on == NULL || s->on->given_up >= n) continue;
-    if (s->kind == LOOK)
-      s->on->believed = c->row == ROW_TRUE;
-    else if (s->kind == TRY_LOCK ? c->row == ROW_TRUE : c->row == ROW_TRUE || c->row == ROW_OTHER)
+    if (c->row == ROW_TRUE || (s->kind == LOCK && c->row == ROW_OTHER)) {
       s->on->believed = true;
+      s->on->disproved = false;
+    } else if (s->kind == LOOK)
+      s->on->disproved = true;
   }
 }
 
@@ -883,7 +885,8 @@ int __wrap_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *limit, con
   return poll(fds, n, 0);
 }
 
-/* Calls the function that lies before `arguments` values; its results, or nothing after an error. */
+/* Calls the function that lies before `arguments` values, and leaves its results: none after an
+ * error, whose code is returned. */
 static const char *call(const char *where, int arguments) {
   int base = lua_gettop(L) - arguments;
   const char *code;
@@ -917,7 +920,7 @@ static struct known *known_key(int key, bool shared) {
 }
 
 static void must_be_held(const char *who, const struct known *k) {
-  if (!k->believed)
+  if (!k->believed || (k->disproved && !run.busy))
     finding("%s says held of a lock that was not granted: %u %u %d%s", who, k->classid, k->objid,
             k->objsubid, k->shared ? " shared" : "");
 }
@@ -1432,7 +1435,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
   unsetenv("PGSERVICE");
   unsetenv("PGHOSTADDR");
   snprintf(host, sizeof host, "@pglocks-fuzz-%ld", (long)getpid());
-  length = snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "%s/.s.PGSQL.5432", host + 1);
+  length = snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "%s/.s.PGSQL.5432",
+                    host + 1);
   listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
   if (bind(listener, (struct sockaddr *)&address,
            (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length)) != 0 ||
