@@ -28,7 +28,8 @@ ROCKSPEC := pglocks-scm-1.rockspec
 runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_INCDIR)/lua.h),jit)
 runtimes := $(or $(strip $(runtimes)),5.4)
 
-.PHONY: all demo test test-servers test-libpq long contended stress lint sanitizers sanitize valgrind rock bench-nginx bench-loops clean help
+.PHONY: all demo test test-servers test-libpq long contended stress fuzz lint sanitizers sanitize \
+        valgrind rock bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
      build/failing_malloc.so build/jumping_clock.so
 
@@ -148,6 +149,24 @@ valgrind:
 	  $(addprefix --suppressions=$(CURDIR)/,$(wildcard tools/valgrind.supp))" \
 	tools/with-postgres tools/run-specs $(SPEC) $(TEST_ARGS)
 
+# The targets of fuzz/, each for FUZZ_SECONDS. With libFuzzer, which is clang's.
+FUZZ_CC ?= clang
+export FUZZ_SECONDS ?= 60
+FUZZ := -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined \
+        -fno-sanitize-recover=undefined
+
+fuzz:
+	@tools/install-deps ci
+	@$(MAKE) -s --no-print-directory build/fuzz/keys build/fuzz/server
+	@fuzz/run keys server
+
+# What a target defines as __wrap_x is called for x, by our sources alone.
+build/fuzz/%: fuzz/%.c fuzz/harness.c fuzz/harness.h $(SOURCES) src/pglocks.h src/compat.h Makefile
+	@mkdir -p $(@D)
+	$(FUZZ_CC) -D_GNU_SOURCE $(STANDARD) $(WARNINGS) $(FUZZ) -I$(LUA_INCDIR) -I$(PQ_INCDIR) \
+	  $(LDFLAGS) $$(grep -oh '__wrap_[A-Za-z_]*' $< | sort -u | sed 's/__wrap_/-Wl,--wrap=/') \
+	  -o $@ $(filter %.c,$^) $(LUA_LIBS) $(LIBS) -lm
+
 lint:
 	@tools/lint -std=c99 -I$(LUA_INCDIR) -I$(PQ_INCDIR)
 	luarocks lint $(ROCKSPEC)
@@ -189,6 +208,7 @@ help:
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"
+	@echo "make fuzz       feed arbitrary arguments, and a server that lies; FUZZ_SECONDS=60"
 	@echo "make rock       build and load the rock, for both"
 	@echo "make bench-nginx  compare with a plain cosocket inside nginx; SHORT=1 ONLY=part"
 	@echo "make bench-loops  compare event loops with blocking, and wait in many coroutines; SHORT=1 RUNTIMES=5.4|jit"

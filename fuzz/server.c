@@ -1,0 +1,1527 @@
+/* server.c: a server that says anything, and a client that must know what it holds.
+ *
+ * The input is one program for both sides: what the client calls, and what the server answers while
+ * the client waits. Both are in this thread: the client's steps, its ppoll, its clock and its
+ * cancel requests are replaced (the linker's --wrap), so that nothing waits and a run repeats
+ * itself exactly.
+ *
+ * Two oracles. What libpq tells the client is recorded where it is told, and a lock that the client
+ * calls held must have been granted by a complete answer, and not been given up since. And where
+ * the server is `honest`, doing only what PostgreSQL does, the client must in the end know of
+ * exactly the locks that the server has. */
+#include "harness.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <libpq-fe.h>
+
+enum {
+  MAX_KEYS = 16,       /* keys and modes */
+  MAX_STATEMENTS = 8,  /* of a command: what is between two Syncs */
+  MAX_COMMANDS = 256,  /* in a run */
+  MAX_LOCKS = 8,       /* that the program has a name for */
+  MAX_TURNS = 3000,    /* of one operation */
+  MAX_WAITS = 400,     /* after the program's end */
+  FILES = 16           /* descriptors looked at for leaks */
+};
+
+/* The main thread; while that is inside a call that blocks, another one with the same on its
+ * stack. */
+static lua_State *L, *meanwhile;
+
+/* Places on the stack. */
+enum { CORE = 1, START, CONNECTION_METHODS, LOCK_METHODS, CONNECTION, LOCKS, TOP = LOCKS };
+
+static struct {
+  bool honest, scheduled, silent, closes;
+  bool connected; /* the handshake is over */
+  bool busy;      /* an operation is being driven */
+  bool blocks;    /* by a call that blocks */
+  bool abandoned; /* nobody will ask for the result of the operation */
+  int waits;      /* since the program's end */
+} run;
+
+/* ---- keys, and what is known of each --------------------------------------------------- */
+
+struct known {
+  uint32_t classid, objid;
+  int objsubid;
+  int given_up; /* the latest command that unlocks it, or -1 */
+  int held;     /* by the server's own count */
+  bool shared;
+  bool believed;  /* the answers that libpq has told say that it is held */
+  bool disproved; /* the guard's do not: the client must say so when its operation is over */
+};
+
+static struct known known[MAX_KEYS];
+static int known_count;
+
+static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool shared) {
+  struct known *k;
+  for (k = known; k < known + known_count; k++)
+    if (k->classid == classid && k->objid == objid && k->objsubid == objsubid &&
+        k->shared == shared)
+      return k;
+  if (known_count == MAX_KEYS) finding("more keys than there are");
+  known_count++;
+  k->classid = classid;
+  k->objid = objid;
+  k->objsubid = objsubid;
+  k->shared = shared;
+  k->given_up = -1;
+  k->believed = k->disproved = false;
+  k->held = 0;
+  return k;
+}
+
+/* ---- commands: what the client has asked, and what libpq told it ----------------------- */
+
+enum kind {
+  PREPARE,
+  LOCK,
+  TRY_LOCK,
+  UNLOCK,
+  LOOK,         /* the guard */
+  GUARD_UNLOCK, /* the guard that lets go */
+  UNLOCK_ALL,
+  BEGIN,
+  COMMIT,
+  ROLLBACK,
+  SAVEPOINT,
+  ROLLBACK_TO,
+  RELEASE_SAVEPOINT,
+  SELECT
+};
+
+struct statement {
+  enum kind kind;
+  bool executes_prepared;
+  char name[32]; /* of the prepared statement */
+  struct known *on;
+};
+
+/* The row of a command: only a statement about a lock has one. */
+enum row { NO_ROW, ROW_NULL, ROW_TRUE, ROW_OTHER };
+
+static struct command {
+  struct statement statements[MAX_STATEMENTS];
+  int count;
+  bool failed; /* libpq told of an error */
+  enum row row;
+} commands[MAX_COMMANDS + 1];
+
+static int asked, received, answered, told; /* numbers of commands: by whom, so far */
+
+static uint32_t big_endian(const char *bytes) {
+  const unsigned char *b = (const unsigned char *)bytes;
+  return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
+}
+
+/* The lock that binary parameters name: a 64-bit key is one of them, or for the guard two halves. */
+static struct known *lock_of(const char *const *values, bool halves, bool pair, bool shared) {
+  return know(big_endian(values[0]), big_endian(halves || pair ? values[1] : values[0] + 4),
+              pair ? 2 : 1, shared);
+}
+
+static struct statement *ask(enum kind kind) {
+  struct command *c = &commands[asked];
+  struct statement *s = &c->statements[c->count];
+  if (c->count == MAX_STATEMENTS) finding("more statements in a command than there are");
+  c->count++;
+  memset(s, 0, sizeof *s);
+  s->kind = kind;
+  return s;
+}
+
+static void gives_up(struct known *k) {
+  k->believed = false;
+  k->given_up = asked;
+}
+
+static void ask_prepared(const char *name, const char *const *values) {
+  struct statement *s = ask(strstr(name, "unlock") != NULL ? UNLOCK
+                            : strstr(name, "try") != NULL  ? TRY_LOCK
+                                                           : LOCK);
+  trace("  command %d asks: %s", asked, name);
+  snprintf(s->name, sizeof s->name, "%s", name);
+  s->executes_prepared = true;
+  s->on = lock_of(values, false, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL);
+  if (s->kind == UNLOCK) gives_up(s->on);
+}
+
+static void ask_sql(const char *sql, const char *const *values) {
+  static const struct {
+    const char *begin;
+    enum kind kind;
+  } simple[] = {{"BEGIN", BEGIN},
+                {"COMMIT", COMMIT},
+                {"ROLLBACK TO", ROLLBACK_TO},
+                {"ROLLBACK", ROLLBACK},
+                {"SAVEPOINT", SAVEPOINT},
+                {"RELEASE", RELEASE_SAVEPOINT}};
+  struct statement *s = ask(SELECT);
+  if (strstr(sql, "pg_advisory_unlock_all") != NULL)
+    s->kind = UNLOCK_ALL;
+  else if (strstr(sql, "pg_locks l") != NULL) {
+    s->kind = strstr(sql, "THEN pg_catalog.pg_advisory_unlock") != NULL ? GUARD_UNLOCK : LOOK;
+    s->on = lock_of(values, true, strstr(sql, "l.objsubid OPERATOR(pg_catalog.=) 2") != NULL,
+                    strstr(sql, "'ShareLock'") != NULL);
+  } else if (strncmp(sql, "/*", 2) == 0) {
+    const char *f = strstr(sql, "*/ SELECT");
+    if (f == NULL) finding("a comment without an end: %s", sql);
+    s->kind = strstr(f, "try_") != NULL ? TRY_LOCK : LOCK;
+    s->on = lock_of(values, false, strstr(f, "$1,$2)") != NULL,
+                    strstr(f, "_shared(") != NULL);
+  } else
+    for (size_t i = 0; i < sizeof simple / sizeof *simple; i++)
+      if (strncmp(sql, simple[i].begin, strlen(simple[i].begin)) == 0) {
+        s->kind = simple[i].kind;
+        break;
+      }
+  trace("  command %d asks: %s", asked, sql);
+  if (s->kind == GUARD_UNLOCK) gives_up(s->on);
+  for (int i = 0; s->kind == UNLOCK_ALL && i < known_count; i++) gives_up(&known[i]);
+}
+
+/* What a complete answer of command n says about the lock that it is about. */
+static void conclude(int n) {
+  const struct command *c = &commands[n];
+  for (int i = 0; i < c->count && !c->failed; i++) {
+    const struct statement *s = &c->statements[i];
+    if (s->on == NULL || s->on->given_up >= n) continue;
+    if (c->row == ROW_TRUE || (s->kind == LOCK && c->row == ROW_OTHER)) {
+      s->on->believed = true;
+      s->on->disproved = false;
+    } else if (s->kind == LOOK)
+      s->on->disproved = true;
+  }
+}
+
+/* ---- libpq, watched -------------------------------------------------------------------- */
+
+/* Leaks are counted here. LeakSanitizer is off, because libpq itself forgets results when a server
+ * breaks the protocol, as with a RowDescription before an early ReadyForQuery. */
+static struct {
+  int connections, results, cancels, blocks;
+} open_now;
+
+int __lsan_is_turned_off(void);
+
+int __lsan_is_turned_off(void) { return 1; }
+
+void *__real_malloc(size_t);
+void *__wrap_malloc(size_t);
+void *__real_calloc(size_t, size_t);
+void *__wrap_calloc(size_t, size_t);
+void *__real_realloc(void *, size_t);
+void *__wrap_realloc(void *, size_t);
+void __real_free(void *);
+void __wrap_free(void *);
+
+/* Of pglocks' own sources, as libpq and Lua are not linked anew. */
+void *__wrap_malloc(size_t size) {
+  void *block = __real_malloc(size);
+  if (block != NULL) open_now.blocks++;
+  return block;
+}
+
+void *__wrap_calloc(size_t count, size_t size) {
+  void *block = __real_calloc(count, size);
+  if (block != NULL) open_now.blocks++;
+  return block;
+}
+
+void *__wrap_realloc(void *old, size_t size) {
+  void *block = __real_realloc(old, size);
+  if (old == NULL && block != NULL) open_now.blocks++;
+  return block;
+}
+
+void __wrap_free(void *block) {
+  if (block != NULL) open_now.blocks--;
+  __real_free(block);
+}
+
+int __real_PQsendPrepare(PGconn *, const char *, const char *, int, const Oid *);
+int __wrap_PQsendPrepare(PGconn *, const char *, const char *, int, const Oid *);
+int __real_PQsendQueryParams(PGconn *, const char *, int, const Oid *, const char *const *,
+                             const int *, const int *, int);
+int __wrap_PQsendQueryParams(PGconn *, const char *, int, const Oid *, const char *const *,
+                             const int *, const int *, int);
+int __real_PQsendQueryPrepared(PGconn *, const char *, int, const char *const *, const int *,
+                               const int *, int);
+int __wrap_PQsendQueryPrepared(PGconn *, const char *, int, const char *const *, const int *,
+                               const int *, int);
+int __real_PQpipelineSync(PGconn *);
+int __wrap_PQpipelineSync(PGconn *);
+PGresult *__real_PQgetResult(PGconn *);
+PGresult *__wrap_PQgetResult(PGconn *);
+void __real_PQclear(PGresult *);
+void __wrap_PQclear(PGresult *);
+PGconn *__real_PQconnectStartParams(const char *const *, const char *const *, int);
+PGconn *__wrap_PQconnectStartParams(const char *const *, const char *const *, int);
+void __real_PQfinish(PGconn *);
+void __wrap_PQfinish(PGconn *);
+PGcancel *__real_PQgetCancel(PGconn *);
+PGcancel *__wrap_PQgetCancel(PGconn *);
+void __real_PQfreeCancel(PGcancel *);
+void __wrap_PQfreeCancel(PGcancel *);
+
+int __wrap_PQsendPrepare(PGconn *pg, const char *name, const char *sql, int n, const Oid *types) {
+  struct statement *s = ask(PREPARE);
+  snprintf(s->name, sizeof s->name, "%s", name);
+  return __real_PQsendPrepare(pg, name, sql, n, types);
+}
+
+int __wrap_PQsendQueryParams(PGconn *pg, const char *sql, int n, const Oid *types,
+                             const char *const *values, const int *lengths, const int *formats,
+                             int format) {
+  ask_sql(sql, values);
+  return __real_PQsendQueryParams(pg, sql, n, types, values, lengths, formats, format);
+}
+
+int __wrap_PQsendQueryPrepared(PGconn *pg, const char *name, int n, const char *const *values,
+                               const int *lengths, const int *formats, int format) {
+  ask_prepared(name, values);
+  return __real_PQsendQueryPrepared(pg, name, n, values, lengths, formats, format);
+}
+
+int __wrap_PQpipelineSync(PGconn *pg) {
+  if (asked == MAX_COMMANDS) finding("the client goes on and on");
+  asked++;
+  memset(&commands[asked], 0, sizeof commands[asked]);
+  return __real_PQpipelineSync(pg);
+}
+
+PGresult *__wrap_PQgetResult(PGconn *pg) {
+  PGresult *result = __real_PQgetResult(pg);
+  struct command *c = &commands[told];
+  if (result == NULL) return NULL;
+  open_now.results++;
+  trace("  told of command %d: %s %s", told, PQresStatus(PQresultStatus(result)),
+        PQresultErrorMessage(result));
+  switch (PQresultStatus(result)) {
+  case PGRES_PIPELINE_SYNC:
+    conclude(told);
+    if (told < asked) told++;
+    return result;
+  case PGRES_COMMAND_OK:
+  case PGRES_EMPTY_QUERY:
+    break;
+  case PGRES_TUPLES_OK:
+    if (PQntuples(result) > 0 && PQnfields(result) > 0)
+      c->row = PQgetisnull(result, 0, 0)                    ? ROW_NULL
+               : strcmp(PQgetvalue(result, 0, 0), "t") == 0 ? ROW_TRUE
+                                                            : ROW_OTHER;
+    break;
+  default:
+    c->failed = true;
+  }
+  return result;
+}
+
+void __wrap_PQclear(PGresult *result) {
+  if (result != NULL) open_now.results--;
+  __real_PQclear(result);
+}
+
+PGconn *__wrap_PQconnectStartParams(const char *const *keywords, const char *const *values,
+                                    int expand) {
+  PGconn *pg = __real_PQconnectStartParams(keywords, values, expand);
+  if (pg != NULL) open_now.connections++;
+  return pg;
+}
+
+void __wrap_PQfinish(PGconn *pg) {
+  if (pg != NULL) open_now.connections--;
+  for (int i = 0; i < known_count; i++) known[i].believed = false;
+  __real_PQfinish(pg);
+}
+
+PGcancel *__wrap_PQgetCancel(PGconn *pg) {
+  PGcancel *cancel = __real_PQgetCancel(pg);
+  if (cancel != NULL) open_now.cancels++;
+  return cancel;
+}
+
+void __wrap_PQfreeCancel(PGcancel *cancel) {
+  if (cancel != NULL) open_now.cancels--;
+  __real_PQfreeCancel(cancel);
+}
+
+/* ---- cancel requests ------------------------------------------------------------------- */
+
+/* Of the only thread that there is: it runs when the program says so. */
+static struct {
+  void *(*function)(void *);
+  void *argument;
+} threads[4];
+
+static int thread_count;
+static bool threads_refused;
+static bool cancel_arrived; /* and has not struck yet */
+
+int __wrap_PQcancel(PGcancel *, char *, int);
+int __wrap_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+
+int __wrap_PQcancel(PGcancel *cancel, char *error, int size) {
+  (void)cancel, (void)error, (void)size;
+  cancel_arrived = true;
+  return 1;
+}
+
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                          void *(*function)(void *), void *argument) {
+  (void)thread, (void)attributes;
+  if (threads_refused || thread_count == sizeof threads / sizeof *threads) return EAGAIN;
+  threads[thread_count].function = function;
+  threads[thread_count++].argument = argument;
+  return 0;
+}
+
+static void threads_run(void) {
+  while (thread_count > 0) {
+    thread_count--;
+    threads[thread_count].function(threads[thread_count].argument);
+  }
+}
+
+/* ---- the clock ------------------------------------------------------------------------- */
+
+static double now;
+
+int __wrap_clock_gettime(clockid_t, struct timespec *);
+
+int __wrap_clock_gettime(clockid_t id, struct timespec *t) {
+  (void)id;
+  t->tv_sec = (time_t)now;
+  t->tv_nsec = (long)((now - floor(now)) * 1e9);
+  return 0;
+}
+
+/* ---- the server's side of the socket --------------------------------------------------- */
+
+static int listener = -1, peer = -1; /* peer -1: closed */
+static char host[64];
+
+static struct {
+  char bytes[1 << 16];
+  size_t length;
+} in, out;
+
+static size_t trickle; /* bytes that are delivered at a time; 0: all */
+static bool deaf;      /* does not read */
+
+static void hang_up(void) {
+  if (peer >= 0) close(peer);
+  peer = -1;
+  out.length = 0;
+}
+
+static void say(const void *bytes, size_t length) {
+  if (out.length + length > sizeof out.bytes) return;
+  memcpy(out.bytes + out.length, bytes, length);
+  out.length += length;
+}
+
+static void deliver(size_t most) {
+  ssize_t n;
+  if (most == 0 || most > out.length) most = out.length;
+  if (peer < 0 || most == 0) return;
+  n = send(peer, out.bytes, most, MSG_NOSIGNAL | MSG_DONTWAIT);
+  if (n < 0) {
+    if (errno == EAGAIN) return;
+    n = (ssize_t)out.length; /* the client has closed */
+  }
+  out.length -= (size_t)n;
+  memmove(out.bytes, out.bytes + n, out.length);
+}
+
+/* Of what the client writes only the Syncs are counted: what it asks is known already. */
+static void receive(void) {
+  size_t at = 0;
+  while (peer >= 0 && !deaf) {
+    ssize_t n = recv(peer, in.bytes + in.length, sizeof in.bytes - in.length, MSG_DONTWAIT);
+    if (n <= 0) break;
+    in.length += (size_t)n;
+    for (at = 0; run.connected && in.length - at >= 5;) {
+      const unsigned char *m = (const unsigned char *)in.bytes + at;
+      size_t length = (size_t)m[1] << 24 | (size_t)m[2] << 16 | (size_t)m[3] << 8 | m[4];
+      if (length + 1 > in.length - at) break;
+      if (*m == 'S' && received < asked) received++;
+      at += length + 1;
+    }
+    if (!run.connected) at = in.length; /* the startup packet, a password */
+    in.length -= at;
+    memmove(in.bytes, in.bytes + at, in.length);
+    if (in.length == sizeof in.bytes) in.length = 0;
+  }
+}
+
+/* ---- messages -------------------------------------------------------------------------- */
+
+static char message[4096];
+static size_t message_length; /* with the type and the length */
+
+static void message_begin(char type) {
+  message[0] = type;
+  message_length = 5;
+}
+
+static void message_add(const void *bytes, size_t length) {
+  if (message_length + length > sizeof message) return;
+  memcpy(message + message_length, bytes, length);
+  message_length += length;
+}
+
+static void message_integer(uint32_t n, int bytes) {
+  while (bytes-- > 0) {
+    char byte = (char)(n >> 8 * bytes);
+    message_add(&byte, 1);
+  }
+}
+
+static void message_string(const char *text) { message_add(text, strlen(text) + 1); }
+
+/* ---- answers --------------------------------------------------------------------------- */
+
+/* An answer in the making, message by message, so that one of them may be left out. */
+static struct {
+  char bytes[8192];
+  size_t length, begins[64];
+  int count;
+} answer;
+
+static void message_end(void) {
+  uint32_t length = (uint32_t)message_length - 1;
+  for (int i = 0; i < 4; i++) message[1 + i] = (char)(length >> (24 - 8 * i));
+  if (answer.count == 63 || answer.length + message_length > sizeof answer.bytes) return;
+  memcpy(answer.bytes + answer.length, message, message_length);
+  answer.begins[answer.count++] = answer.length;
+  answer.length += message_length;
+}
+
+static void put(char type) {
+  message_begin(type);
+  message_end();
+}
+
+static void put_error(char type, const char *severity, const char *sqlstate) {
+  message_begin(type);
+  message_string("SERROR");
+  message_add("V", 1);
+  message_string(severity);
+  message_add("C", 1);
+  message_string(sqlstate);
+  message_string("Mwhat went wrong");
+  message_integer(0, 1);
+  message_end();
+}
+
+static void put_tag(const char *tag) {
+  message_begin('C');
+  message_string(tag);
+  message_end();
+}
+
+static void put_description(unsigned oid) {
+  message_begin('T');
+  message_integer(1, 2);
+  message_string("c");
+  message_integer(0, 4);
+  message_integer(0, 2);
+  message_integer(oid, 4);
+  message_integer(1, 2);
+  message_integer(0xffffffffu, 4);
+  message_integer(0, 2);
+  message_end();
+}
+
+/* NULL: NULL. */
+static void put_row(const char *value) {
+  message_begin('D');
+  message_integer(1, 2);
+  message_integer(value != NULL ? (uint32_t)strlen(value) : 0xffffffffu, 4);
+  if (value != NULL) message_add(value, strlen(value));
+  message_end();
+}
+
+/* The whole answer, or without one message of it, or with that one twice. */
+static void answer_say(unsigned lie) {
+  int at = answer.count > 0 ? (int)(lie >> 2) % answer.count : 0;
+  size_t begin = answer.begins[at], end;
+  answer.begins[answer.count] = answer.length;
+  end = answer.begins[at + 1];
+  if (answer.count == 0) return;
+  say(answer.bytes, begin);
+  if ((lie & 3) != 1) say(answer.bytes + begin, end - begin);
+  if ((lie & 3) == 2) say(answer.bytes + begin, end - begin);
+  say(answer.bytes + end, answer.length - end);
+  answer.length = 0;
+  answer.count = 0;
+}
+
+/* ---- the honest server ----------------------------------------------------------------- */
+
+static struct {
+  char transaction; /* I, T or E, as ReadyForQuery says */
+  int savepoints;
+  char prepared[32][32];
+  int prepared_count;
+} server;
+
+enum outcome { /* of the statement about a lock */
+  SUCCESS,
+  REFUSAL,         /* false; the timeout; of others a cancel */
+  CANCEL_BEFORE,
+  CANCEL_AFTER,    /* it took effect, and yet failed */
+  TIMEOUT_AFTER,
+  DEADLOCK,
+  OUT_OF_LOCKS,
+  FAILURE,
+  OUTCOMES
+};
+
+static bool is_prepared(const char *name) {
+  for (int i = 0; i < server.prepared_count; i++)
+    if (strcmp(server.prepared[i], name) == 0) return true;
+  return false;
+}
+
+static bool fail(const char *sqlstate) {
+  put_error('E', "ERROR", sqlstate);
+  if (server.transaction == 'T') server.transaction = 'E';
+  return false;
+}
+
+static const char *sqlstate_of(enum outcome outcome) {
+  switch (outcome) {
+  case CANCEL_BEFORE:
+  case CANCEL_AFTER:
+    return "57014";
+  case DEADLOCK:
+    return "40P01";
+  case OUT_OF_LOCKS:
+    return "53200";
+  case FAILURE:
+    return "XX000";
+  default:
+    return "55P03";
+  }
+}
+
+static bool done(const char *tag) {
+  put('n');
+  put_tag(tag);
+  return true;
+}
+
+static bool row(unsigned oid, const char *value) {
+  put_description(oid);
+  put_row(value);
+  put_tag("SELECT 1");
+  return true;
+}
+
+static bool answer_lock(const struct statement *s, enum outcome outcome) {
+  struct known *k = s->on;
+  bool takes = outcome == SUCCESS || outcome == CANCEL_AFTER || outcome == TIMEOUT_AFTER;
+  if (outcome == REFUSAL && k->held > 0) outcome = SUCCESS; /* its own lock does not hinder it */
+  if (outcome == REFUSAL && s->kind == TRY_LOCK) return row(16, "f");
+  if (outcome == SUCCESS) takes = true;
+  if (takes) k->held++;
+  if (outcome != SUCCESS) return fail(sqlstate_of(outcome));
+  return s->kind == TRY_LOCK ? row(16, "t") : row(2278, "");
+}
+
+static bool answer_unlock(const struct statement *s, enum outcome outcome) {
+  struct known *k = s->on;
+  bool fails = outcome != SUCCESS && outcome != REFUSAL, was_held = k->held > 0;
+  if (s->kind == LOOK) return fails ? fail("57014") : row(16, was_held ? "t" : NULL);
+  if ((!fails || outcome == CANCEL_AFTER || outcome == TIMEOUT_AFTER) && was_held) k->held--;
+  if (fails) return fail("57014");
+  if (s->kind == UNLOCK && !was_held) put_error('N', "WARNING", "01000");
+  return row(16, was_held ? "t" : s->kind == UNLOCK ? "f" : NULL);
+}
+
+/* False: it failed, and the server skips what follows up to the Sync. */
+static bool answer_statement(const struct statement *s, enum outcome outcome) {
+  if (s->kind == PREPARE) {
+    if (is_prepared(s->name)) return fail("42P05");
+    if (server.transaction == 'E') return fail("25P02");
+    snprintf(server.prepared[server.prepared_count++ % 32], 32, "%s", s->name);
+    put('1');
+    return true;
+  }
+  if (s->executes_prepared && !is_prepared(s->name)) return fail("26000");
+  if (server.transaction == 'E' && s->kind != ROLLBACK && s->kind != COMMIT &&
+      s->kind != ROLLBACK_TO)
+    return fail("25P02");
+  if (!s->executes_prepared) put('1');
+  put('2');
+  switch (s->kind) {
+  case LOCK:
+  case TRY_LOCK:
+    return answer_lock(s, outcome);
+  case UNLOCK:
+  case LOOK:
+  case GUARD_UNLOCK:
+    return answer_unlock(s, outcome);
+  case UNLOCK_ALL:
+    if (outcome == CANCEL_BEFORE) return fail("57014");
+    for (int i = 0; i < known_count; i++) known[i].held = 0;
+    return row(2278, "");
+  case BEGIN:
+    server.transaction = 'T';
+    return done("BEGIN");
+  case COMMIT:
+  case ROLLBACK: {
+    bool commits = s->kind == COMMIT && server.transaction != 'E';
+    server.transaction = 'I';
+    server.savepoints = 0;
+    return done(commits ? "COMMIT" : "ROLLBACK");
+  }
+  case SAVEPOINT:
+    if (server.transaction != 'T') return fail("25P01");
+    server.savepoints++;
+    return done("SAVEPOINT");
+  case ROLLBACK_TO:
+    if (outcome == CANCEL_BEFORE) return fail("57014");
+    if (server.savepoints == 0) return fail("3B001");
+    server.transaction = 'T';
+    return done("ROLLBACK");
+  case RELEASE_SAVEPOINT:
+    if (server.savepoints == 0) return fail("3B001");
+    server.savepoints--;
+    return done("RELEASE");
+  default:
+    if (outcome == CANCEL_BEFORE || outcome == FAILURE) return fail(sqlstate_of(outcome));
+    return row(23, "1");
+  }
+}
+
+/* The oldest command that has arrived, if there is one. */
+static bool answer_command(enum outcome outcome, unsigned lie) {
+  const struct command *c = &commands[answered];
+  char status;
+  if (answered >= received) return false;
+  answered++;
+  for (int i = 0; i < c->count && answer_statement(&c->statements[i], outcome); i++) {}
+  message_begin('Z');
+  status = server.transaction;
+  message_add(&status, 1);
+  message_end();
+  answer_say(run.honest ? 0 : lie);
+  return true;
+}
+
+static void handshake(void) {
+  static const char key[] = {0, 0, 0, 42, 0, 0, 0, 43};
+  message_begin('R');
+  message_integer(0, 4);
+  message_end();
+  message_begin('S');
+  message_string("server_version");
+  message_string("15.0");
+  message_end();
+  message_begin('K');
+  message_add(key, sizeof key);
+  message_end();
+  message_begin('Z');
+  message_add("I", 1);
+  message_end();
+  answer_say(0);
+}
+
+/* ---- what is said without being asked, or is no answer --------------------------------- */
+
+static void say_notice(unsigned which) {
+  static const char *const sqlstates[] = {"00000", "01000", "57014"};
+  switch (which % 3) {
+  case 0:
+    put_error('N', "NOTICE", sqlstates[which / 3 % 3]);
+    break;
+  case 1:
+    message_begin('A');
+    message_integer(42, 4);
+    message_string("channel");
+    message_string("payload");
+    message_end();
+    break;
+  default:
+    message_begin('S');
+    message_string("in_hot_standby");
+    message_string("on");
+    message_end();
+  }
+  answer_say(0);
+}
+
+static void say_end(unsigned which) {
+  static const struct {
+    char type;
+    const char *severity, *sqlstate;
+  } ends[] = {{'E', "FATAL", "57P01"}, {'N', "WARNING", "57P02"}, {'E', "FATAL", "57P05"},
+              {'E', "PANIC", "XX000"}, {'N', "FATAL", "57P01"},   {'E', "FATAL", "25P03"}};
+  put_error(ends[which % 6].type, ends[which % 6].severity, ends[which % 6].sqlstate);
+  answer_say(0);
+  if (which & 8) return; /* the socket stays open for a moment */
+  deliver(0);
+  hang_up();
+}
+
+/* One message of any kind, whether it is its turn or not. */
+static void put_any(unsigned which) {
+  static const char *const sqlstates[] = {"55P03", "57014", "40P01", "57P01", "25P02", "26000",
+                                          "XX000", "53200", "",      "42501", "0A000"};
+  static const char *const values[] = {"t", "f", "", NULL, "true", "T", "1"};
+  static const char types[] = "123nIstcvKZ";
+  unsigned more = which / 16;
+  switch (which % 16) {
+  case 0:
+  case 1:
+    put_error('E', more & 8 ? "FATAL" : "ERROR", sqlstates[more % 11]);
+    break;
+  case 2:
+    put_row(values[more % 7]);
+    break;
+  case 3:
+    put_description(more & 1 ? 16 : 2278);
+    break;
+  case 4:
+    put_tag(more & 1 ? "SELECT 1" : "COMMIT");
+    break;
+  case 5:
+  case 6:
+    message_begin('Z');
+    message_add(&"ITEx"[more & 3], 1);
+    message_end();
+    break;
+  case 7: /* COPY in, out, both */
+    message_begin("GHWG"[more & 3]);
+    message_integer(0, 1);
+    message_integer(0, 2);
+    message_end();
+    break;
+  case 8: /* authentication: none, cleartext, MD5, SASL and on */
+    message_begin('R');
+    message_integer("\0\3\5\12\13\14\7\42"[more & 7], 4);
+    message_string(more & 8 ? "SCRAM-SHA-256" : "salt");
+    message_integer(0, 1);
+    message_end();
+    break;
+  case 9:
+    message_begin('D');
+    message_integer(more, 2);
+    message_end();
+    break;
+  case 10:
+    put_error('N', more & 1 ? "FATAL" : "WARNING", sqlstates[more % 11]);
+    break;
+  case 11:
+    message_begin('T');
+    message_integer(0, 2);
+    message_end();
+    break;
+  default:
+    put(types[more % (sizeof types - 1)]);
+  }
+}
+
+/* With another length than it has. */
+static void say_any_wrong(unsigned which, unsigned length) {
+  static const uint32_t lengths[] = {0, 1, 3, 4, 5, 255, 65536, 0x3fffffff, 0x7fffffff, 0xffffffff};
+  uint32_t n;
+  put_any(which);
+  n = lengths[length % 10];
+  for (int i = 0; i < 4 && answer.length >= 5; i++) answer.bytes[1 + i] = (char)(n >> (24 - 8 * i));
+  answer_say(0);
+}
+
+static void say_raw(unsigned n) {
+  size_t length = n % 16;
+  if (length > (size_t)(input_end - input)) length = (size_t)(input_end - input);
+  say(input, length);
+  input += length;
+}
+
+/* ---- calls of the client --------------------------------------------------------------- */
+
+static void wait_for_server(double seconds);
+
+static bool is_ready_now(int fd, short events) {
+  struct pollfd p = {fd, events, 0};
+  return poll(&p, 1, 0) > 0;
+}
+
+int __wrap_ppoll(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *);
+
+int __wrap_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *limit, const sigset_t *mask) {
+  static int turns;
+  lua_State *caller = L;
+  (void)mask;
+  if (poll(fds, n, 0) > 0) {
+    if (++turns > MAX_TURNS) finding("a call does not end");
+    return 1;
+  }
+  turns = 0;
+  L = meanwhile;
+  run.blocks = true;
+  wait_for_server(limit != NULL ? (double)limit->tv_sec + (double)limit->tv_nsec * 1e-9
+                                : HUGE_VAL);
+  run.blocks = false;
+  L = caller;
+  return poll(fds, n, 0);
+}
+
+/* Calls the function that lies before `arguments` values, and leaves its results: none after an
+ * error, whose code is returned. */
+static const char *call(const char *where, int arguments) {
+  int base = lua_gettop(L) - arguments;
+  const char *code;
+  trace(" %s", where);
+  if (lua_pcall(L, arguments, LUA_MULTRET, 0) == LUA_OK) {
+    trace(" %s has returned", where);
+    return NULL;
+  }
+  code = harness_error(L, where, true);
+  trace(" %s has raised %s", where, *code ? code : lua_tostring(L, -1));
+  lua_settop(L, base - 1);
+  return code;
+}
+
+/* Pushes a function of the core, with the connection as its first argument. */
+static void push_call(int table, const char *name) {
+  lua_getfield(L, table, name);
+  lua_pushvalue(L, CONNECTION);
+}
+
+static struct known *known_key(int key, bool shared) {
+  lua_Integer classid, objid, objsubid;
+  lua_getfield(L, key, "classid");
+  lua_getfield(L, key, "objid");
+  lua_getfield(L, key, "objsubid");
+  classid = lua_tointeger(L, -3);
+  objid = lua_tointeger(L, -2);
+  objsubid = lua_tointeger(L, -1);
+  lua_pop(L, 3);
+  return know((uint32_t)classid, (uint32_t)objid, (int)objsubid, shared);
+}
+
+static void must_be_held(const char *who, const struct known *k) {
+  if (!k->believed || (k->disproved && !run.busy))
+    finding("%s says held of a lock that was not granted: %u %u %d%s", who, k->classid, k->objid,
+            k->objsubid, k->shared ? " shared" : "");
+}
+
+/* The lock at the top. */
+static struct known *known_lock(void) {
+  struct known *k;
+  bool shared;
+  lua_getfield(L, -1, "shared");
+  shared = lua_toboolean(L, -1);
+  lua_getfield(L, -2, "key");
+  k = known_key(lua_gettop(L), shared);
+  lua_pop(L, 2);
+  return k;
+}
+
+/* True if it says so; the lock at the top is popped. */
+static bool ask_held(void) {
+  struct known *k = known_lock();
+  bool held;
+  lua_getfield(L, LOCK_METHODS, "held");
+  lua_insert(L, -2);
+  if (call("held", 1) != NULL) finding("held raises");
+  held = lua_toboolean(L, -1);
+  lua_pop(L, 1);
+  if (held) {
+    must_be_held("held()", k);
+    if (peer < 0 && !run.busy) finding("held() is true after the end of the session");
+  }
+  return held;
+}
+
+/* Of what a call that acquires returned: a lock, or nil. */
+static void take_lock(bool attempt, unsigned slot) {
+  bool acquired;
+  if (lua_gettop(L) <= TOP || lua_isnil(L, TOP + 1)) {
+    if (attempt) finding("attempt returns no lock");
+    return;
+  }
+  lua_settop(L, TOP + 1);
+  lua_getfield(L, -1, "acquired");
+  acquired = lua_toboolean(L, -1);
+  lua_pop(L, 1);
+  if (acquired)
+    must_be_held("an acquire", known_lock());
+  else if (!attempt)
+    finding("a lock that is not acquired");
+  lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+}
+
+/* Drives what was begun to its end. */
+static void drive(void) {
+  for (int turns = 0;; turns++) {
+    const char *events;
+    int fd;
+    double seconds;
+    short wanted;
+    if (turns > MAX_TURNS) finding("an operation does not end");
+    push_call(CORE, "step");
+    if (call("step", 1) != NULL) finding("step raises");
+    if (lua_gettop(L) == TOP) break;
+    events = lua_tostring(L, TOP + 1);
+    fd = (int)lua_tointeger(L, TOP + 2);
+    seconds = lua_tonumber(L, TOP + 3);
+    wanted = (short)((strchr(events, 'r') ? POLLIN : 0) | (strchr(events, 'w') ? POLLOUT : 0));
+    lua_settop(L, TOP);
+    if (!(seconds >= 0)) finding("step has %g seconds left", seconds);
+    if (!is_ready_now(fd, wanted)) wait_for_server(seconds);
+  }
+}
+
+/* The operation that `start` began, to its results. Inside another it must have been refused. */
+static const char *complete(const char *name, const char *begun) {
+  const char *code;
+  lua_settop(L, TOP);
+  if (run.busy) {
+    if (begun == NULL) finding("%s is begun inside another operation", name);
+    return "busy_connection";
+  }
+  if (begun != NULL) return begun;
+  run.busy = true;
+  run.abandoned = false;
+  drive();
+  run.busy = false;
+  if (run.abandoned) return "abandoned";
+  push_call(CORE, "finish");
+  code = call(name, 1);
+  return code;
+}
+
+static void push_key(unsigned which) {
+  switch (which % 4) {
+  case 0:
+    lua_pushinteger(L, 1);
+    break;
+  case 1:
+    lua_pushliteral(L, "a name\0 '*/");
+    break;
+  case 2:
+    lua_createtable(L, 2, 0);
+    for (int i = 1; i <= 2; i++) {
+      lua_pushinteger(L, i - 1);
+      lua_rawseti(L, -2, i);
+    }
+    break;
+  default:
+    lua_pushinteger(L, -1);
+  }
+}
+
+static void push_options(unsigned what) {
+  static const double timeouts[] = {0, 0.5, 1000};
+  lua_createtable(L, 0, 3);
+  lua_pushboolean(L, (what & 1) != 0);
+  lua_setfield(L, -2, "shared");
+  if ((what >> 1 & 3) != 0) {
+    lua_pushnumber(L, timeouts[(what >> 1 & 3) - 1]);
+    lua_setfield(L, -2, "timeout");
+  }
+  lua_pushboolean(L, (what & 8) != 0);
+  lua_setfield(L, -2, "comment");
+}
+
+static void acquire(const char *name, unsigned what) {
+  unsigned slot = input_byte();
+  bool attempt = strcmp(name, "attempt") == 0, blocks = slot & 64 && !run.scheduled;
+  if (blocks)
+    push_call(attempt ? CORE : CONNECTION_METHODS, name);
+  else
+    push_call(START, name);
+  push_key(what >> 4);
+  push_options(what);
+  if (blocks) {
+    bool was_busy = run.busy;
+    const char *code;
+    run.busy = true;
+    code = call(name, 3);
+    run.busy = was_busy;
+    if (code == NULL && was_busy) finding("%s goes on inside another operation", name);
+    if (code == NULL) take_lock(attempt, slot);
+  } else if (complete(name, call(name, 3)) == NULL)
+    take_lock(attempt, slot);
+  lua_settop(L, TOP);
+}
+
+/* Pushes a lock that the program has; false: that one it has not. */
+static bool push_lock(unsigned slot) {
+  lua_rawgeti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+  if (!lua_isnil(L, -1)) return true;
+  lua_settop(L, TOP);
+  return false;
+}
+
+static void release(unsigned slot) {
+  if (!push_lock(slot)) return;
+  if (slot & 64 && !run.scheduled) {
+    bool was_busy = run.busy;
+    lua_getfield(L, LOCK_METHODS, "release");
+    lua_insert(L, -2);
+    run.busy = true;
+    call("release", 1);
+    run.busy = was_busy;
+  } else {
+    lua_getfield(L, START, "release");
+    lua_insert(L, -2);
+    complete("release", call("release", 1));
+  }
+  lua_settop(L, TOP);
+}
+
+static void check(unsigned slot) {
+  struct known *k;
+  if (!push_lock(slot)) return;
+  k = known_lock();
+  lua_getfield(L, START, "check");
+  lua_insert(L, -2);
+  if (complete("check", call("check", 1)) == NULL) must_be_held("check()", k);
+  lua_settop(L, TOP);
+}
+
+static const char *ping(void) {
+  const char *code;
+  push_call(START, "ping");
+  code = complete("ping", call("ping", 1));
+  lua_settop(L, TOP);
+  return code;
+}
+
+static void query(unsigned what) {
+  static const char *const sql[] = {"BEGIN",    "SELECT 1", "COMMIT",   "ROLLBACK",
+                                    "SELECT 2", "BEGIN",    "SELECT 3", "long"};
+  const char *text = sql[what % 8];
+  const char *name = what & 8 ? "execute" : "query";
+  push_call(START, name);
+  if (what & 8) what & 16 ? lua_pushnumber(L, -1) : lua_pushnil(L);
+  if (strcmp(text, "long") == 0) {
+    luaL_Buffer buffer;
+    memset(luaL_buffinitsize(L, &buffer, 40000), ' ', 40000);
+    luaL_pushresultsize(&buffer, 40000);
+  } else
+    lua_pushstring(L, text);
+  complete(name, call(name, what & 8 ? 3 : 2));
+  lua_settop(L, TOP);
+}
+
+/* Without a collection meanwhile, which would let go of what has just been listed. */
+static void locks(void) {
+  lua_gc(L, LUA_GCSTOP);
+  push_call(CONNECTION_METHODS, "locks");
+  if (call("locks", 1) != NULL) finding("locks raises");
+  for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
+    bool shared;
+    lua_rawgeti(L, TOP + 1, i);
+    lua_getfield(L, -1, "mode");
+    shared = strcmp(lua_tostring(L, -1), "shared") == 0;
+    lua_getfield(L, -2, "key");
+    must_be_held("locks()", known_key(lua_gettop(L), shared));
+    lua_settop(L, TOP + 1);
+  }
+  lua_settop(L, TOP);
+  lua_gc(L, LUA_GCRESTART);
+}
+
+static void scope_end(int index) {
+  bool was_busy = run.busy;
+  luaL_getmetafield(L, index, "__close");
+  lua_pushvalue(L, index);
+  lua_pushnil(L);
+  run.busy = true;
+  if (call("__close", 2) != NULL) finding("__close raises");
+  run.busy = was_busy;
+  lua_settop(L, TOP);
+}
+
+/* What ends a coroutine that waits: nobody drives its operation any more. */
+static void abandon(void) {
+  run.abandoned = true;
+  lua_getfield(L, CORE, "waiter");
+  call("waiter", 0);
+  lua_getfield(L, CORE, "await");
+  lua_pushvalue(L, TOP + 1);
+  lua_pushvalue(L, CONNECTION);
+  call("await", 2);
+  scope_end(TOP + 1);
+}
+
+static void configure(unsigned what) {
+  push_call(CORE, "configure");
+  lua_createtable(L, 0, 1);
+  lua_pushboolean(L, (what & 1) != 0);
+  lua_setfield(L, -2, "deferred");
+  call("configure", 2);
+  lua_settop(L, TOP);
+}
+
+/* Calls without arguments that neither wait nor may fail. */
+static void call_simple(int table, const char *name) {
+  push_call(table, name);
+  if (call(name, 1) != NULL) finding("%s raises", name);
+  lua_settop(L, TOP);
+}
+
+/* ---- the program ----------------------------------------------------------------------- */
+
+/* One instruction: of the client, or of the server. */
+static void instruct(void) {
+  unsigned op = input_byte() % 40;
+  if (run.honest && op >= 36) op -= 6;
+  trace("%u at %.3f s", op, now);
+  switch (op) {
+  case 0:
+  case 1:
+    acquire("lock", input_byte());
+    break;
+  case 2:
+    acquire("try_lock", input_byte());
+    break;
+  case 3:
+    acquire("attempt", input_byte());
+    break;
+  case 4:
+  case 5:
+    release(input_byte());
+    break;
+  case 6:
+    check(input_byte());
+    break;
+  case 7:
+    ping();
+    break;
+  case 8:
+  case 9:
+    query(input_byte());
+    break;
+  case 10:
+    if (push_lock(input_byte())) ask_held();
+    break;
+  case 11:
+    call_simple(CONNECTION_METHODS, "alive");
+    break;
+  case 12:
+    locks();
+    break;
+  case 13:
+    call_simple(CONNECTION_METHODS, "cancel");
+    break;
+  case 14:
+    if (push_lock(input_byte())) scope_end(TOP + 1);
+    break;
+  case 15: /* collected, unless there is another reference */
+    lua_pushnil(L);
+    lua_rawseti(L, LOCKS, (int)(input_byte() % MAX_LOCKS) + 1);
+    lua_gc(L, LUA_GCCOLLECT);
+    break;
+  case 16:
+    push_call(START, "close");
+    complete("close", call("close", 1));
+    lua_settop(L, TOP);
+    break;
+  case 17:
+    scope_end(CONNECTION);
+    break;
+  case 18:
+    call_simple(CORE, "rollback");
+    break;
+  case 19:
+    configure(input_byte());
+    break;
+  case 20:
+    if (run.busy && !run.blocks) abandon();
+    break;
+  case 21: /* somebody drops the prepared statements */
+    server.prepared_count = 0;
+    break;
+  case 22:
+    now += (double[]){0.001, 0.4, 1, 9, 20, 2000}[input_byte() % 6];
+    break;
+  case 23:
+    threads_run();
+    break;
+  case 24:
+    threads_refused = !threads_refused;
+    break;
+  case 25:
+    deaf = !deaf;
+    break;
+  case 26:
+    trickle = input_byte() % 32;
+    break;
+  case 27:
+    say_notice(input_byte());
+    break;
+  case 28:
+    say_end(input_byte());
+    break;
+  case 29:
+    hang_up();
+    break;
+  case 30:
+  case 31:
+  case 32:
+  case 33:
+    answer_command(SUCCESS, 0);
+    break;
+  case 34:
+  case 35: {
+    unsigned outcome = input_byte();
+    if (cancel_arrived && outcome & 64) outcome = CANCEL_BEFORE;
+    answer_command((enum outcome)(outcome % OUTCOMES), 0);
+    break;
+  }
+  case 36: {
+    unsigned outcome = input_byte();
+    answer_command((enum outcome)(outcome % OUTCOMES), input_byte());
+    break;
+  }
+  case 37:
+    put_any(input_byte());
+    answer_say(0);
+    break;
+  case 38: {
+    unsigned which = input_byte();
+    say_any_wrong(which, input_byte());
+    break;
+  }
+  case 39:
+    say_raw(input_byte());
+    break;
+  }
+}
+
+/* The client has nothing to do before the server speaks or `seconds` have passed. */
+static void wait_for_server(double seconds) {
+  receive();
+  if (input_left()) {
+    instruct();
+    receive();
+    deliver(trickle);
+    return;
+  }
+  if (run.waits++ > MAX_WAITS / 2 || run.closes || (!isfinite(seconds) && run.waits > 20)) {
+    deliver(0);
+    hang_up();
+    now += isfinite(seconds) ? seconds : 0;
+  }
+  if (run.waits > MAX_WAITS) finding("the client waits on and on");
+  deaf = false;
+  threads_run();
+  if (!run.connected) {
+    if (run.waits == 1) handshake();
+    else now += seconds;
+  } else if (run.silent || !answer_command(SUCCESS, 0))
+    now += isfinite(seconds) ? seconds : 0;
+  deliver(0);
+}
+
+/* ---- a run ----------------------------------------------------------------------------- */
+
+static void connect_client(bool scripted) {
+  const char *code;
+  lua_getfield(L, START, "connect");
+  lua_createtable(L, 0, 8);
+  lua_pushstring(L, host);
+  lua_setfield(L, -2, "host");
+  lua_pushliteral(L, "5432");
+  lua_setfield(L, -2, "port");
+  lua_pushliteral(L, "u");
+  lua_setfield(L, -2, "user");
+  lua_pushliteral(L, CANARY);
+  lua_setfield(L, -2, "password");
+  lua_pushliteral(L, "disable");
+  lua_setfield(L, -2, "sslmode");
+  lua_pushliteral(L, "disable");
+  lua_setfield(L, -2, "gssencmode");
+  lua_pushinteger(L, 5);
+  if (call("connect", 2) != NULL) finding("connect raises");
+  lua_replace(L, CONNECTION);
+  peer = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+  if (peer < 0) finding("accept: %s", strerror(errno));
+  if (!scripted) handshake();
+  deliver(0);
+  run.busy = true;
+  drive();
+  run.busy = false;
+  lua_settop(L, TOP);
+  push_call(CORE, "finish");
+  code = run.abandoned ? "interrupted" : call("connect", 1);
+  if (code != NULL) {
+    if (strcmp(code, "interrupted") != 0) finding("finish of connect raises %s", code);
+  } else if (lua_isnil(L, TOP + 1)) {
+    lua_settop(L, TOP + 2);
+    harness_error(L, "connect", true);
+  } else {
+    receive(); /* what was written until now is no message like those that follow */
+    run.connected = true;
+  }
+  lua_settop(L, TOP);
+}
+
+/* In the end both sides must agree. */
+static void compare(void) {
+  bool listed[MAX_KEYS] = {false};
+  threads_refused = deaf = false;
+  push_call(CORE, "in_transaction");
+  call("in_transaction", 1);
+  if (lua_toboolean(L, TOP + 1)) {
+    lua_settop(L, TOP);
+    query(3);
+  }
+  lua_settop(L, TOP);
+  for (int i = 0; i < 3; i++)
+    if (ping() != NULL || peer < 0) return;
+  lua_gc(L, LUA_GCSTOP);
+  push_call(CONNECTION_METHODS, "locks");
+  call("locks", 1);
+  for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
+    struct known *k;
+    lua_rawgeti(L, TOP + 1, i);
+    lua_getfield(L, -1, "mode");
+    lua_getfield(L, -2, "key");
+    k = known_key(lua_gettop(L), strcmp(lua_tostring(L, -2), "shared") == 0);
+    listed[k - known] = true;
+    lua_settop(L, TOP + 1);
+  }
+  lua_settop(L, TOP);
+  for (int i = 0; i < known_count; i++)
+    if (listed[i] != (known[i].held > 0) || known[i].held > 1)
+      finding("%u %u %d%s: the client says %s, the server counts %d", known[i].classid,
+              known[i].objid, known[i].objsubid, known[i].shared ? " shared" : "",
+              listed[i] ? "held" : "not held", known[i].held);
+}
+
+/* Files that are open now and were not at the end of the first run, which has opened what the
+ * module opens once in a process. The sanitizers' symbolizer is reached by pipes. */
+static void check_files(void) {
+  static bool open_before[FILES], looked;
+  for (int fd = 0; fd < FILES; fd++) {
+    char link[32], name[64] = "";
+    if (fcntl(fd, F_GETFD) < 0 || open_before[fd]) continue;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    if (looked && readlink(link, name, sizeof name - 1) > 0 && strncmp(name, "pipe:", 5) != 0)
+      finding("a file is left open: %s", name);
+    open_before[fd] = true;
+  }
+  looked = true;
+}
+
+int LLVMFuzzerInitialize(int *argc, char ***argv) {
+  struct sockaddr_un address = {.sun_family = AF_UNIX}; /* abstract: there is no file */
+  int length;
+  (void)argc, (void)argv;
+  unsetenv("PGSERVICE");
+  unsetenv("PGHOSTADDR");
+  snprintf(host, sizeof host, "@pglocks-fuzz-%ld", (long)getpid());
+  length = snprintf(address.sun_path + 1, sizeof address.sun_path - 1, "%s/.s.PGSQL.5432",
+                    host + 1);
+  listener = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (bind(listener, (struct sockaddr *)&address,
+           (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)length)) != 0 ||
+      listen(listener, 8) != 0)
+    finding("bind: %s", strerror(errno));
+  return 0;
+}
+
+static void push_core(void) {
+  lua_getglobal(L, "require");
+  lua_pushliteral(L, "pglocks.core");
+  lua_call(L, 1, 1);
+  lua_settop(L, CORE);
+  lua_getfield(L, CORE, "start");
+  lua_getfield(L, CORE, "connection");
+  lua_getfield(L, CORE, "lock");
+  lua_pushnil(L);
+  lua_newtable(L);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+  unsigned mode;
+  input = data;
+  input_end = data + size;
+  mode = input_byte();
+  memset(&run, 0, sizeof run);
+  memset(&open_now, 0, sizeof open_now);
+  memset(&server, 0, sizeof server);
+  memset(commands, 0, sizeof *commands);
+  server.transaction = 'I';
+  known_count = asked = received = answered = told = thread_count = 0;
+  in.length = out.length = answer.length = trickle = 0;
+  answer.count = 0;
+  threads_refused = deaf = cancel_arrived = false;
+  now = 1000;
+  run.honest = mode & 1;
+  run.silent = (mode & 6) == 2;
+  run.closes = (mode & 6) == 4;
+  run.scheduled = mode & 8;
+  if (run.honest) run.silent = run.closes = false;
+
+  L = harness_state();
+  push_core();
+  connect_client(!run.honest && (mode & 0xf0) == 0xf0);
+  meanwhile = lua_newthread(L);
+  lua_setfield(L, LUA_REGISTRYINDEX, "fuzz meanwhile");
+  for (int i = 1; i <= TOP; i++) {
+    lua_pushvalue(L, i);
+    lua_xmove(L, meanwhile, 1);
+  }
+  if (run.connected) {
+    if (run.scheduled) {
+      push_call(CORE, "configure");
+      lua_createtable(L, 0, 1);
+      lua_pushboolean(L, 1);
+      lua_setfield(L, -2, "scheduled");
+      call("configure", 2);
+      lua_settop(L, TOP);
+    }
+    if ((mode & 0x30) == 0x10) configure(1);
+    while (input_left()) {
+      instruct();
+      receive();
+      deliver(trickle);
+    }
+    for (unsigned slot = 0; slot < MAX_LOCKS; slot++)
+      if (push_lock(slot)) ask_held();
+    locks();
+    if (run.honest && peer >= 0) compare();
+    if (mode & 0x40) {
+      push_call(START, "close");
+      complete("close", call("close", 1));
+      lua_settop(L, TOP);
+      for (unsigned slot = 0; slot < MAX_LOCKS; slot++)
+        if (push_lock(slot) && ask_held()) finding("held() is true after close()");
+    }
+  }
+  if (mode & 0x80) threads_run();
+  lua_close(L);
+  threads_run();
+  hang_up();
+  if (open_now.connections != 0 || open_now.results != 0 || open_now.cancels != 0 ||
+      open_now.blocks != 0)
+    finding("left over: %d connections, %d results, %d cancel requests, %d blocks of memory",
+            open_now.connections, open_now.results, open_now.cancels, open_now.blocks);
+  check_files();
+  return 0;
+}
