@@ -260,6 +260,12 @@ describe("connecting", function()
     assert.is_truthy(refused("host=/nowhere connect_timeout=1").message:find "/nowhere")
   end)
 
+  it("is refused where there is no time for any", function()
+    for _, timeout in ipairs { 1e-9, 0.0005 } do
+      assert.is_truthy(refused({ host = "/nowhere", timeout = timeout }).message:find "no connection within")
+    end
+  end)
+
   it("tells what every one of several hosts said", function()
     local message = refused({ host = "/nowhere,127.0.0.1", port = "5432,1", timeout = 0.2 }).message
     assert.is_truthy(message:find("/nowhere", 1, true))
@@ -333,6 +339,8 @@ describe("a password", function()
     "postgresql://u:my@CANARY@h:1/db",
     "postgresql://u:my#CANARY@h",
     "postgresql://u:my?CANARY@h",
+    "postgresql://u:?@CANARY@h/d",
+    "postgresql://u:my?word@CANARY@h",
     "postgresql://u:my?password=CANARY@h",
     "postgresql://u:CANARY@h:port/db",
     "postgresql://u:CANARY@[::1",

@@ -98,6 +98,23 @@ describe("steps", function()
     call("close", conn)
   end)
 
+  it("hold nothing from the moment that close has begun", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    core.start.close(conn)
+    assert.is_false(lock:held() or conn:alive())
+    assert.same({}, conn:locks())
+    support.complete(conn)
+  end)
+
+  it("confirm no lock whose scope has ended meanwhile", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    core.start.check(lock)
+    getmetatable(lock).__close(lock)
+    support.assert_code("not_held", support.complete, conn)
+  end)
+
   it("refuse a second operation meanwhile, and leave the first unharmed", function()
     local holder, conn = support.connect(), connect()
     local lock = holder:lock "x"

@@ -305,6 +305,8 @@ static bool note_value(struct session *s, struct command *c, const PGresult *res
     c->answer.value = VALUE_NULL;
   else if (PQgetlength(result, 0, 0) == 1)
     c->answer.value = *PQgetvalue(result, 0, 0) == 't' ? VALUE_TRUE : VALUE_FALSE;
+  else
+    c->answer.value = VALUE_OTHER;
   return true;
 }
 

@@ -476,6 +476,7 @@ static const struct operation_kind closing = {"close", false, closing_advance, c
 
 static void closing_begin(struct session *s) {
   operation_begin(s, &closing, monotonic_now() + s->reply_timeout);
+  s->closing = true;
   if (s->holding_count > 0 || s->in_transaction)
     command_unlock_all(s);
   else
@@ -637,8 +638,9 @@ static int is_transient(lua_State *L) {
 
 /* sleep(seconds): at most; a signal ends it, so that the interpreter gets to see that. */
 static int sleep_blocking(lua_State *L) {
-  double seconds = luaL_checknumber(L, 1);
+  double seconds = fmin(luaL_checknumber(L, 1), 3600);
   struct timespec time;
+  if (!(seconds > 0)) return 0;
   time.tv_sec = (time_t)seconds;
   time.tv_nsec = (long)((seconds - (double)time.tv_sec) * 1e9);
   ppoll(NULL, 0, &time, NULL);

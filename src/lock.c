@@ -174,6 +174,8 @@ static bool settling(struct session *s) {
     session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
   else if (op->state == UNDO)
     go(s, (enum state)op->resume);
+  else if (op->answer.value == NO_VALUE)
+    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   else if (op->state == GUARD && op->guard == GUARD_LOOK)
     conclude(s, found);
   else if (found) /* unlocked once: look again */
@@ -266,6 +268,9 @@ static void acquire_advance(struct session *s) {
                     ? GUARD_LOOK
                     : GUARD_UNLOCK;
     recover(s, GUARD);
+  } else if (op->timeout == 0 ? op->answer.value != VALUE_TRUE && op->answer.value != VALUE_FALSE
+                              : op->answer.value <= VALUE_NULL) {
+    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   } else if (op->holding->doubtful) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
     op->rounds++;
@@ -617,8 +622,10 @@ static void conclude(struct session *s, bool held) {
   struct operation *op = &s->op;
   if (op->state == GUARD && op->guard == GUARD_UNLOCK) holding_trust(s, op->holding);
   if (op->kind == &checking) {
+    bool released = op->holding->count == 0; /* meanwhile, by the end of its scope */
     if (!held) holding_lost(s, op->holding);
-    finished(s, held ? NO_ERROR : LOST, NOT_HELD_MESSAGE);
+    finished(s, released ? NOT_HELD : held ? NO_ERROR : LOST,
+             released ? "this lock is not held" : NOT_HELD_MESSAGE);
   } else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
   else if (held && op->interrupted) {

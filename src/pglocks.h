@@ -131,12 +131,13 @@ void failure_push(lua_State *L, const struct failure *failure, const struct key 
 
 /* ---- command.c ------------------------------------------------------------------------ */
 
-enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_TRUE };
+/* NO_VALUE: there was no row. OTHER: of no boolean, as pg_advisory_lock's void is none. */
+enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_TRUE, VALUE_OTHER };
 
 /* What the server said to a command. */
 struct answer {
   bool failed;
-  enum value value; /* of the first row's first column, where it is a boolean or NULL */
+  enum value value; /* of the first row's first column, which holds a boolean, NULL, or nothing of interest */
   struct failure failure;
 };
 
@@ -255,6 +256,7 @@ struct session {
   struct session *next, **link; /* all sessions of the process, for fork */
   struct failure loss;
   bool doomed;    /* the server announced the end, and why stands in loss */
+  bool closing;   /* close() has let go of all locks, and waits for the answer */
   bool loss_told; /* on_lost has been called */
   bool in_transaction, transaction_failed; /* after the last command that could change it */
   bool deferred;  /* releases are sent and their answers collected later */
@@ -359,6 +361,7 @@ struct holding {
 };
 
 #define CANCELLED_AT_MOST 50 /* times that a statement is repeated because a cancel hit it */
+#define NO_ANSWER_MESSAGE "the server answered without a result; the connection was closed"
 #define NOT_HELD_MESSAGE "the server did not hold the lock any more"
 
 /* The holding of a key and mode, made where there is none; NULL without memory. */

@@ -203,7 +203,7 @@ bool session_has_input(const struct session *s) {
 bool session_alive(struct session *s) {
   if (s->state != SESSION_OPEN || session_is_foreign(s)) return false;
   /* An operation under way watches the socket itself; its bytes are not ours to take. */
-  if (s->op.kind != NULL) return !s->doomed;
+  if (s->op.kind != NULL) return !s->doomed && !s->closing;
   while (s->pg != NULL && session_has_input(s)) commands_collect(s);
   return s->pg != NULL;
 }

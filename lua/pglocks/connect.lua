@@ -10,6 +10,7 @@ core.own_source(debug.getinfo(1, "S").source)
 local HOST_TIMEOUT = 5 -- for each host, where connect_timeout does not say
 local FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1 -- between two rounds over the hosts
 local TOO_LATE = 0.05 -- before the deadline, for another round
+local TOO_SHORT = 0.001 -- for any
 local LONGEST_LEASE = 2147483647 -- milliseconds, as PostgreSQL counts them
 local SERVER_FREES = 30 -- a vanished client's locks, by the settings below
 
@@ -96,8 +97,9 @@ local AMBIGUOUS_URI = "URI with %40 and %2F for @ and / in the user's name and p
 
 local function add_conninfo(string, keywords)
   if type(string) ~= "string" or string:find("\0", 1, true) then return BAD_CONNINFO end
-  local address = string:match "^postgres%w*://([^?]*)"
-  if address and address:find "[@/].*@" then return AMBIGUOUS_URI end
+  local address = string:match "^postgres%w*://(.*)"
+  local place = address and (address:match "^[^@/]*@(.*)" or address:match "/.*")
+  if place and place:match("^[^?]*"):find("@", 1, true) then return AMBIGUOUS_URI end
   local parsed = core.conninfo(string)
   if not parsed then return BAD_CONNINFO end
   for keyword, value in pairs(parsed) do keywords[keyword] = value end
@@ -300,6 +302,7 @@ local function connect(keywords, options, limit)
   local deadline = core.now() + seconds
   local sleep = scheduler and scheduler.sleep or core.sleep
   local pause, reason = FIRST_PAUSE, nil
+  if seconds < TOO_SHORT then core.raise("connect", ("no connection within %.3g s"):format(seconds)) end
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end
