@@ -111,7 +111,8 @@ end
 describe("an allocation that fails", function()
   after_each(support.finish)
 
-  it("row 22, connecting; row 22, waiting; row 22, holding; row 22, releasing: in Lua leaves every lock as its object says, and no session behind", function()
+  it("in Lua leaves every lock as its object says, and no session behind (row 22, connecting;"
+    .. " row 22, waiting; row 22, holding; row 22, releasing)", function()
     failing_allocations(os.getenv "PGLOCKS_UNDER" or "", "lua", stride(4, 40, 1))
   end)
 

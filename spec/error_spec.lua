@@ -411,7 +411,7 @@ describe("a password", function()
   it("is in no line of the server's log, no notice and no tostring", function()
     local since = support.log()
     if not since then return pending "the server's log cannot be read" end
-    local described = { conninfo = support.conninfo, host = "127.0.0.1", user = "scram_user", password = "secret of scram" }
+    local described = over_tcp "secret of scram"
     local said = {}
     local function say(_, err, locks) said[#said + 1] = tostring(err) .. tostring(locks[1] and locks[1].name) end
     described.on_lost = say

@@ -233,7 +233,10 @@ local function handshake(conn, options, time_left)
       core.raise("pooled", "this is a connection pooler, which may give one session to several"
         .. " clients; say pooled = \"session\" where it pools sessions only")
     end
-    scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid, idle)
+    local own = scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid, idle)[1]
+    if own.backend_pid ~= row.backend_pid then
+      core.raise("pooled", "this connection pooler does not keep to one session")
+    end
   end
   if row.standby and not options.allow_standby then
     core.raise("standby", "this server is a standby, and its locks are its own")
@@ -298,11 +301,11 @@ local function connect(keywords, options, limit)
   local scheduler = options.scheduler
   local attempts, host_timeout = each_address(keywords, scheduler and scheduler.connect)
   if not host_timeout or host_timeout <= 0 then host_timeout = HOST_TIMEOUT end
-  local seconds = math.min(options.timeout or host_timeout * #attempts, limit or math.huge)
-  local deadline = core.now() + seconds
+  local patience = math.min(options.timeout or host_timeout * #attempts, limit or math.huge)
+  local deadline = core.now() + patience
   local sleep = scheduler and scheduler.sleep or core.sleep
   local pause, reason = FIRST_PAUSE, nil
-  if seconds < TOO_SHORT then core.raise("connect", ("no connection within %.3g s"):format(seconds)) end
+  if patience < TOO_SHORT then core.raise("connect", ("no connection within %.3g s"):format(patience)) end
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end

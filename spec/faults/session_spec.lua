@@ -218,7 +218,8 @@ describe("a hostile role and schema", function()
     support.observe "CREATE FUNCTION evil.never(oid, oid) RETURNS bool LANGUAGE sql AS 'SELECT false'"
     support.observe "CREATE FUNCTION evil.never(text, text) RETURNS bool LANGUAGE sql AS 'SELECT false'"
     for _, type in ipairs { "int", "oid", "text" } do
-      support.observe(("CREATE OPERATOR evil.= (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.never)"):format(type, type))
+      support.observe(("CREATE OPERATOR evil.= (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.never)")
+        :format(type, type))
     end
     support.observe "CREATE TABLE evil.pg_locks (pid int)"
     support.observe "CREATE TABLE evil.pg_settings (name text)"

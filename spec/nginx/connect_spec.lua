@@ -3,7 +3,7 @@
 local support = require "spec.support"
 local server = require "spec.nginx.server"
 
-local observe, shell, wait_until = support.observe, support.shell, support.wait_until
+local shell, wait_until = support.shell, support.wait_until
 
 if not server.available() then return end -- nginx_spec.lua says so
 
