@@ -114,15 +114,17 @@ function server:start()
   self:pg_ctl(("-l %s/log start"):format(self.host))
 end
 
+--- Or starts, or stops.
+function server:is_running()
+  local pid = io.open(self.host .. "/postmaster.pid")
+  if pid then pid:close() end
+  return pid ~= nil
+end
+
 --- Starts it unless it runs already, or is about to.
 function server:ensure()
   support.wait_until("the server", function()
-    local pid = io.open(self.host .. "/postmaster.pid")
-    if pid then
-      pid:close()
-    else
-      self:begin_start()
-    end
+    if not self:is_running() then self:begin_start() end
     local ok, conn = pcall(pglocks.connect, { conninfo = self.conninfo, allow_standby = true, timeout = 0.5 })
     if ok then conn:close() end
     return ok
@@ -156,11 +158,8 @@ end
 function server.finish()
   for _, self in ipairs(made) do
     if self.observer then self.observer:close() end
-    local pid = io.open(self.host .. "/postmaster.pid")
-    if pid then
-      pid:close()
-      self:stop "immediate"
-    end
+    if self:is_running() then pcall(self.stop, self, "immediate") end -- it may be stopping already
+    support.wait_until("the server to stop", function() return not self:is_running() end)
     support.shell("rm -rf " .. self.host)
   end
   made = {}
