@@ -29,7 +29,7 @@ describe("setup", function()
     pglocks.setup { databases = { default = support.conninfo, broken = "host=/nowhere" } }
     assert.is_true(pglocks.lock(42):release())
     assert.is_true(pglocks.lock(42, { using = "default" }):release())
-    assert_code("connect", pglocks.lock, 42, { using = "broken" })
+    assert_code("connect", pglocks.lock, 42, { using = "broken", timeout = 0.1 })
     assert.is_truthy(raised(pglocks.lock, 42, { using = "another" }):find("unknown database 'another'", 1, true))
     assert.is_true(pglocks.lock(42):release())
   end)

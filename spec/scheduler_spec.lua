@@ -118,7 +118,8 @@ local function under(name, loop)
       assert.equal("connect", err.code)
       assert.is_true(seconds >= 0.2)
       listener:close()
-      support.assert_code("connect", pglocks.connect, { host = "/nonexistent", scheduler = loop.scheduler })
+      support.assert_code("connect", pglocks.connect, {
+        host = "/nonexistent", timeout = 0.3, scheduler = loop.scheduler })
     end)
 
     it("works outside coroutines, too", function()
