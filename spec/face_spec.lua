@@ -175,6 +175,16 @@ describe("a module-level lock", function()
     assert.is_true(pglocks.lock(42):release())
   end)
 
+  it("has timed out when that time is over before anybody has said why there is no connection", function()
+    local listener = assert(require "cqueues.socket".listen("127.0.0.1", 0))
+    local _, _, port = listener:localname()
+    pglocks.setup { databases = { default = { host = "127.0.0.1", port = port } } }
+    assert_code("timeout", pglocks.lock, 42, { timeout = 0.1 })
+    assert.same({ nil, "timeout" }, { pglocks.try_lock(42, { timeout = 0.1 }) })
+    assert.same({ false, "timeout" }, { pglocks.try_with_lock(42, { timeout = 0.1 }, print) })
+    listener:close()
+  end)
+
   it("does not change the options it is given", function()
     local options = { using = "again", shared = true, timeout = 5, wait = true }
     pglocks.advisory_lock(42, options):release()

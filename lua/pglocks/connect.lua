@@ -296,7 +296,7 @@ end
 ---@param keywords table<string, string>
 ---@param options table
 ---@param limit? number  seconds that a caller has left, where that is less than the options say
----@return userdata connection
+---@return pglocks.connection|nil connection  nil: that was too little to hear of anything wrong
 local function connect(keywords, options, limit)
   local scheduler = options.scheduler
   local attempts, host_timeout = each_address(keywords, scheduler and scheduler.connect)
@@ -304,15 +304,20 @@ local function connect(keywords, options, limit)
   local patience = math.min(options.timeout or host_timeout * #attempts, limit or math.huge)
   local deadline = core.now() + patience
   local sleep = scheduler and scheduler.sleep or core.sleep
-  local pause, reason = FIRST_PAUSE, nil
-  if patience < TOO_SHORT then core.raise("connect", ("no connection within %.3g s"):format(patience)) end
+  local pause, reason, heard = FIRST_PAUSE, nil, false
+  if patience < TOO_SHORT and patience ~= limit then
+    core.raise("connect", ("no connection within %.3g s"):format(patience))
+  end
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end
     local left = deadline - core.now()
     -- A round that ran out of time had none to hear why.
-    if not reason or err and left > 0 then reason = err end
-    if not again or left < TOO_LATE then error(reason, 0) end
+    if not reason or err and left > 0 then reason, heard = err, left > 0 or not again end
+    if not again or left < TOO_LATE then
+      if patience == limit and not heard then return nil end
+      error(reason, 0)
+    end
     -- Not all at once, where many wait for one server; the program's random numbers are its own.
     local jitter = core.now() * 1e5 % 1
     sleep(math.min(pause * (0.5 + jitter), left / 2))

@@ -135,7 +135,7 @@ local owners = {} -- by name: a connection that all callers share, or a pool
 -- The owner of a module-level lock. In a plain program that is one connection for each name,
 -- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
 -- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
--- anything is opened for them.
+-- anything is opened for them. Nil: the lock's own timeout was too short to connect.
 local function owner(name, key, options)
   local found = owners[name]
   if found and found:alive() then return found end
@@ -153,6 +153,7 @@ local function owner(name, key, options)
   else
     local timeout = options and options.timeout
     found = opening.connect(keywords, own, timeout ~= 0 and timeout or nil)
+    if not found then return nil end
   end
   owners[name] = found
   return found
@@ -184,11 +185,13 @@ local program = {}
 
 function program:lock(key, options) -- luacheck: no self
   local conn, rest = choose(key, options)
+  if not conn then core.raise("timeout", ("no connection within %.7g s"):format(options.timeout)) end
   return through(conn:lock(key, rest))
 end
 
 function program:try_lock(key, options) -- luacheck: no self
   local conn, rest = choose(key, options)
+  if not conn then return nil, "timeout" end
   return through(conn:try_lock(key, rest))
 end
 

@@ -106,6 +106,7 @@ end
 
 local function opened(self, conn)
   local pool = self.pool
+  if not conn then return Opening.__close(self) end -- no time was left for it
   self.conn, pool.lent[conn] = conn, LENT
   core.configure(conn, { on_free = pool.on_free })
   scheduled.before_release[conn] = pool.before_release
@@ -113,10 +114,10 @@ local function opened(self, conn)
   return conn
 end
 
-function Pool:open(deadline)
+function Pool:open(lock_deadline)
   local one = setmetatable({ pool = self, conn = false }, Opening)
   self.openings[one] = core.now() + LONGEST_OPENING
-  local limit = math.max(0.001, deadline - core.now())
+  local limit = lock_deadline and math.max(0.001, lock_deadline - core.now())
   return run(one, opened, opening.connect, self.keywords, self.options, limit)
 end
 
@@ -126,8 +127,8 @@ local function count(set)
   return n
 end
 
--- One that is free, or a new one; nil if there are enough.
-function Pool:find(deadline)
+-- One that is free, or a new one; nil if there are enough, or no time is left for it.
+function Pool:find(lock_deadline)
   while #self.free > 0 do
     local conn = table.remove(self.free)
     local attach = self.scheduler.attach
@@ -141,7 +142,7 @@ function Pool:find(deadline)
     end
   end
   if count(self.lent) + count(self.openings) < (self.options.pool_size or SIZE) then
-    return self:open(deadline)
+    return self:open(lock_deadline)
   end
 end
 
@@ -160,7 +161,7 @@ function Ticket:__close()
   if #self.pool.free > 0 then self.pool:wake_first() end
 end
 
-local function queue_up(ticket, deadline)
+local function queue_up(ticket, deadline, lock_deadline)
   local pool = ticket.pool
   local queue, scheduler = pool.queue, pool.scheduler
   queue[#queue + 1] = ticket
@@ -170,7 +171,7 @@ local function queue_up(ticket, deadline)
     ticket.looks_at, ticket.token = core.now(), scheduler.token()
     scheduler.park(math.min(left, queue[1] == ticket and FIRST_LOOKS or OTHERS_LOOK))
     pool:reclaim()
-    local conn = pool:find(deadline)
+    local conn = pool:find(lock_deadline)
     if conn then return conn end
   end
 end
@@ -180,13 +181,14 @@ local function leave(ticket, conn)
   return conn
 end
 
--- A connection that only the caller has; nil when none came free until `deadline`.
-function Pool:take(deadline)
+-- A connection that only the caller has; nil when none came free until `deadline`. `lock_deadline`:
+-- the same where that is the lock's, which connecting counts against, too.
+function Pool:take(deadline, lock_deadline)
   if self.scheduler.enter then self.scheduler.enter() end
-  local conn = not self.queue[1] and self:find(deadline)
+  local conn = not self.queue[1] and self:find(lock_deadline)
   if conn then return conn end
   local ticket = setmetatable({ pool = self }, Ticket)
-  return run(ticket, leave, queue_up, ticket, deadline)
+  return run(ticket, leave, queue_up, ticket, deadline, lock_deadline)
 end
 
 -- ---- locks ------------------------------------------------------------------------------
@@ -221,7 +223,8 @@ local function with_connection(self, method, key, options, on_timeout)
   local began = core.now()
   local patience, timeout = self.options.timeout or PATIENCE, options and options.timeout
   if timeout and timeout > 0 and timeout < patience then patience = timeout end
-  local conn = self:take(began + patience)
+  local deadline = began + patience
+  local conn = self:take(deadline, patience == timeout and deadline or nil)
   if conn then
     options = remaining(options, core.now() - began)
     return run(setmetatable({ pool = self, conn = conn }, Loan), end_loan, method, conn, key,
