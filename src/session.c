@@ -261,7 +261,7 @@ static void cancel_send(struct cancel *cancel) {
   while (status == PGRES_POLLING_READING || status == PGRES_POLLING_WRITING) {
     struct pollfd wait = {PQcancelSocket(cancel->request),
                           status == PGRES_POLLING_READING ? POLLIN : POLLOUT, 0};
-    double left = cancel->deadline - monotonic_now();
+    double left = fmin(cancel->deadline - monotonic_now(), 1000);
     if (left <= 0 || (poll(&wait, 1, (int)(left * 1000) + 1) < 0 && errno != EINTR)) return;
     if (wait.revents != 0) status = PQcancelPoll(cancel->request);
   }

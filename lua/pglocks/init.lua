@@ -175,9 +175,10 @@ end
 
 local function choose(key, options)
   local name, rest = split(options)
-  local began = core.now()
+  local before, began = owners[name], core.now()
   local found = owner(name, key, rest)
-  return found, pool.remaining(rest, core.now() - began)
+  -- Connecting counts against the lock's timeout.
+  return found, found == before and rest or pool.remaining(rest, core.now() - began)
 end
 
 -- Locks as a connection does, on the one that `using` names.
