@@ -296,6 +296,7 @@ static void give_back_pending(lua_State *L) {
 
 static int acquire_finish(lua_State *L, struct session *s) {
   struct operation *op = &s->op;
+  const struct lock *lock = op->lock;
   enum demand demand = (enum demand)op->demand;
   bool waited = op->timeout > 0;
   give_back_pending(L);
@@ -308,6 +309,11 @@ static int acquire_finish(lua_State *L, struct session *s) {
     return 2;
   }
   operation_end(L, s);
+  if (s->state == SESSION_LOST) { /* in the moment of the grant */
+    connection_tell_loss(L, 1, s);
+    failure_push(L, &s->loss, &lock->key);
+    return lua_error(L);
+  }
   return 1;
 }
 
