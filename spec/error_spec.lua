@@ -261,9 +261,8 @@ describe("connecting", function()
   end)
 
   it("is refused where there is no time for any", function()
-    for _, timeout in ipairs { 1e-9, 0.0005 } do
-      assert.is_truthy(refused({ host = "/nowhere", timeout = timeout }).message:find "no connection within")
-    end
+    assert.is_truthy(refused({ host = "/nowhere", timeout = 1e-9 }).message:find "no connection within")
+    refused { host = "/nowhere", timeout = 0.0005 } -- which may be enough to hear why
   end)
 
   it("tells what every one of several hosts said", function()

@@ -10,7 +10,6 @@ core.own_source(debug.getinfo(1, "S").source)
 local HOST_TIMEOUT = 5 -- for each host, where connect_timeout does not say
 local FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1 -- between two rounds over the hosts
 local TOO_LATE = 0.05 -- before the deadline, for another round
-local TOO_SHORT = 0.001 -- for any
 local LONGEST_LEASE = 2147483647 -- milliseconds, as PostgreSQL counts them
 local SERVER_FREES = 30 -- a vanished client's locks, by the settings below
 
@@ -305,17 +304,15 @@ local function connect(keywords, options, limit)
   local deadline = core.now() + patience
   local sleep = scheduler and scheduler.sleep or core.sleep
   local pause, reason, heard = FIRST_PAUSE, nil, false
-  if patience < TOO_SHORT and patience ~= limit then
-    core.raise("connect", ("no connection within %.3g s"):format(patience))
-  end
   while true do
     local conn, err, again = walk(attempts, options, host_timeout, deadline)
     if conn then return conn end
     local left = deadline - core.now()
     -- A round that ran out of time had none to hear why.
-    if not reason or err and left > 0 then reason, heard = err, left > 0 or not again end
+    if err and (not reason or left > 0) then reason, heard = err, left > 0 or not again end
     if not again or left < TOO_LATE then
       if patience == limit and not heard then return nil end
+      if not reason then core.raise("connect", ("no connection within %.3g s"):format(patience)) end
       error(reason, 0)
     end
     -- Not all at once, where many wait for one server; the program's random numbers are its own.
