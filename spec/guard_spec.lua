@@ -55,7 +55,7 @@ describe("the guard, when the lock is granted at the moment of", function()
 
   each_key_and_mode(function(case, key, shared)
     it("row 10, waiting: a timeout: adopts it (" .. case .. ")", function()
-      if support.cannot_signal() then return end
+      if support.cannot_signal then return pending(support.cannot_signal) end
       local waiter = support.connect()
       local ok, lock = grant_and_fail(waiter, key, { shared = shared, timeout = 0.1 },
         timeout_passes, true)
@@ -72,7 +72,7 @@ describe("the guard, when the lock is granted at the moment of", function()
       local order = first and "before" or "after"
 
       it("row 9, waiting: pg_cancel_backend " .. order .. " the grant: lets it go (" .. case .. ")", function()
-        if support.cannot_signal() then return end
+        if support.cannot_signal then return pending(support.cannot_signal) end
         local waiter = support.connect()
         local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
           support.observe("SELECT pg_cancel_backend($1)", waiter.backend_pid)
@@ -86,7 +86,7 @@ describe("the guard, when the lock is granted at the moment of", function()
       end)
 
       it("conn:cancel() " .. order .. " the grant: lets it go (" .. case .. ")", function()
-        if support.cannot_signal() then return end
+        if support.cannot_signal then return pending(support.cannot_signal) end
         local waiter = support.connect()
         local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
           assert.is_true(waiter:cancel())
@@ -99,7 +99,7 @@ describe("the guard, when the lock is granted at the moment of", function()
     end
 
     it("pg_terminate_backend: knows that the session is lost (" .. case .. ")", function()
-      if support.cannot_signal() then return end
+      if support.cannot_signal then return pending(support.cannot_signal) end
       local waiter = support.connect()
       local pid = waiter.backend_pid
       local ok, err = grant_and_fail(waiter, key, { shared = shared }, function()
@@ -116,7 +116,7 @@ describe("the guard, when the lock is granted at the moment of", function()
   end)
 
   it("a timeout inside a transaction: adopts it, and the transaction goes on", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local waiter = support.connect()
     waiter:query "BEGIN"
     local ok, lock = grant_and_fail(waiter, 1, { timeout = 0.1 }, timeout_passes, true)
@@ -128,7 +128,7 @@ describe("the guard, when the lock is granted at the moment of", function()
   end)
 
   it("pg_cancel_backend inside a transaction: lets it go, and the transaction goes on", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local waiter = support.connect()
     waiter:query "BEGIN"
     local ok, err = grant_and_fail(waiter, 1, {}, function()
@@ -323,7 +323,7 @@ describe("a server that stops answering", function()
   end
 
   it("row 3, waiting: ends a wait at timeout + reply_timeout with `unknown`", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local conn = support.connect { reply_timeout = 0.3 }
     local seconds, ok, err = stopped(conn, function() conn:lock("x", { timeout = 0.2 }) end)
     assert.is_false(ok)
@@ -334,7 +334,7 @@ describe("a server that stops answering", function()
   end)
 
   it("ends a wait without a timeout too, when it stops after the wait has failed", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local holder, waiter = support.connect(), support.connect { reply_timeout = 0.3 }
     local pid = waiter.backend_pid
     local lock = holder:lock "x"
@@ -355,7 +355,7 @@ describe("a server that stops answering", function()
 
   for operation, row in pairs { release = "row 3, releasing: ", check = "row 3, holding: " } do
     it(row .. "ends a " .. operation .. " at reply_timeout with `unknown`", function()
-      if support.cannot_signal() then return end
+      if support.cannot_signal then return pending(support.cannot_signal) end
       local lost = {}
       local conn = support.connect {
         reply_timeout = 0.3,
@@ -372,7 +372,7 @@ describe("a server that stops answering", function()
   end
 
   it("row 3, idle: ends a ping at its own timeout", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local conn = support.connect()
     local seconds, ok, err = stopped(conn, function() conn:ping(0.2) end)
     assert.is_false(ok)
@@ -381,7 +381,7 @@ describe("a server that stops answering", function()
   end)
 
   it("row 3, holding: leaves a held lock held: nothing is known to be lost", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local conn = support.connect()
     local lock = conn:lock "x"
     stopped(conn, function() assert.is_true(lock:held()) end)

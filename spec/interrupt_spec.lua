@@ -133,7 +133,7 @@ describe("conn:cancel()", function()
   end)
 
   it("sends nothing before its request has finished, which could hit that", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local core = support.core
     local file = assert(io.open(os.getenv "PGLOCKS_TEST_DATA" .. "/postmaster.pid"))
     local postmaster = tonumber(file:read "*l")

@@ -112,13 +112,9 @@ end
 
 -- ---- processes and signals --------------------------------------------------------------
 
---- May backends be signalled? Not where the server is somebody else's: call
---- `if support.cannot_signal() then return end` at the start of such a test: it marks the skip.
-function support.cannot_signal()
-  if os.getenv "PGLOCKS_TEST_DATA" then return false end
-  pending("this server's processes cannot be signalled")
-  return true
-end
+--- Why backends cannot be signalled; nil: they can.
+--- `if support.cannot_signal then return pending(support.cannot_signal) end`
+support.cannot_signal = not os.getenv "PGLOCKS_TEST_DATA" and "this server's processes cannot be signalled" or nil
 
 --- support.signal("STOP", pid)
 function support.signal(name, pid)

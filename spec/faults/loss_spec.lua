@@ -104,7 +104,7 @@ describe("a session that is ended", function()
   end)
 
   it("row 8, releasing: true where the unlock was answered, and lost where not", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local conn, told = listening()
     local lock = conn:lock "x"
     local go_on = phases.releasing(conn, lock)
@@ -138,7 +138,7 @@ describe("a server that ends all sessions", function()
   local primary
 
   setup(function()
-    if not server.available then return end
+    if server.cannot_make then return end
     primary = server.make "restart_after_crash = on\n"
   end)
   teardown(server.finish)
@@ -164,7 +164,7 @@ describe("a server that ends all sessions", function()
   local function each_phase(row, ways)
     local function it_happens(phase, title, test)
       it(("row %s, %s: %s"):format(row, phase, title), function()
-        if server.cannot_make() then return end
+        if server.cannot_make then return pending(server.cannot_make) end
         for _, way in ipairs(ways) do
           primary:ensure()
           test(way)

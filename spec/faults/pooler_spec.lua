@@ -25,7 +25,7 @@ auth_type = any
 logfile = %s/log
 ]]
 
-local missing = not server.available and "there is no server to put a pooler before"
+local missing = server.cannot_make
   or not io.open(PROGRAM) and "pgbouncer is not installed"
 
 local function it_with_pooler(name, fn)

@@ -29,20 +29,9 @@ jit = off
 log_line_prefix = '%%m [%%p] '
 ]]
 
---- May servers be made? Not where the specs' server is somebody else's.
-server.available = BINDIR ~= nil and DATA ~= nil
-
---- Say `if server.cannot_make() then return end` at the start of a test: it marks the skip.
-function server.cannot_make()
-  if not server.available then pending "there are no programs of a server to start one with" end
-  return not server.available
-end
-
---- Say `if server.cannot_make() then return end` at the start of a test: it marks the skip.
-function server.cannot_make()
-  if not server.available then pending "there are no programs of a server to start one with" end
-  return not server.available
-end
+--- Why servers cannot be made; nil: they can.
+--- `if server.cannot_make then return pending(server.cannot_make) end`
+server.cannot_make = not (BINDIR and DATA) and "there are no programs of a server to start one with" or nil
 
 --- A command as the servers' user, in a folder that is open to it: what it prints.
 function server.shell(command, ...)

@@ -34,7 +34,7 @@ describe("pg_cancel_backend", function()
   end)
 
   it("row 9, releasing: leaves nothing", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     for _, options in ipairs { {}, { shared = true } } do
       local conn = support.connect()
       local lock = conn:lock("x", options)
@@ -110,7 +110,7 @@ describe("a second coroutine", function()
   end)
 
   it("row 25, releasing: is refused, and the lock is released", function()
-    if support.cannot_signal() then return end
+    if support.cannot_signal then return pending(support.cannot_signal) end
     local conn = support.connect()
     local own, lock = conn:lock "own", conn:lock "x"
     local go_on = phases.releasing(conn, lock)

@@ -41,14 +41,14 @@ local function sessions(where)
 end
 
 local function it_with_servers(name, fn)
-  it(name, server.available and fn or function() pending "there are no programs to start a server with" end)
+  it(name, server.cannot_make and function() pending(server.cannot_make) end or fn)
 end
 
 describe("a hot standby", function()
   local primary, standby
 
   setup(function()
-    if not server.available then return end
+    if server.cannot_make then return end
     primary = server.make()
     standby = primary:standby()
   end)
@@ -107,7 +107,7 @@ describe("after a promotion", function()
   local primary, standby
 
   before_each(function()
-    if not server.available then return end
+    if server.cannot_make then return end
     primary = server.make()
     standby = primary:standby()
   end)

@@ -204,7 +204,7 @@ function Stress:run(processes, rounds)
   for number = 1, processes do
     self:start { number = number, started = 0, left = math.ceil(rounds / processes) }
   end
-  if LONG and not support.cannot_signal() then self.next_crash = core.now() + 10 end
+  if LONG and not support.cannot_signal then self.next_crash = core.now() + 10 end
   while next(self.processes) or next(self.graves) do
     if core.now() > self.deadline + 30 * support.slow then
       error("not done in time; who holds and waits:\n" .. history.on_server(nil), 0)
