@@ -29,7 +29,8 @@ local CLIENT_DEFAULTS = {
 -- One round trip right after connecting: who answers (a pooler invents the pid that libpq was
 -- told), whether it is a standby, and, unless it is a pooler, the settings: time-outs of the role
 -- or the database must not end a holder or a waiter, and a vanished client must lose its locks.
--- Only what the server knows is set.
+-- Only what the server knows is set; and a server elsewhere than on Linux may refuse to look whether
+-- a client that waits is still there, and with that the whole statement.
 local HANDSHAKE = [[
 SELECT pg_catalog.pg_backend_pid() AS backend_pid, pg_catalog.pg_is_in_recovery() AS standby,
   pg_catalog.count(pg_catalog.set_config(v.name, v.value, false)) AS settings
@@ -40,7 +41,9 @@ FROM (VALUES ('statement_timeout', '0'), ('lock_timeout', '0'), ('transaction_ti
   ('tcp_keepalives_interval', '5'), ('tcp_keepalives_count', '3'), ('tcp_user_timeout', '30000')
 ) v(name, value)
 JOIN pg_catalog.pg_settings s ON s.name OPERATOR(pg_catalog.=) v.name
-WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) $1::pg_catalog.int4]]
+WHERE pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) $1::pg_catalog.int4
+  AND (v.name OPERATOR(pg_catalog.<>) 'client_connection_check_interval'
+    OR pg_catalog.version() OPERATOR(pg_catalog.~~) '%linux%')]]
 
 -- ---- descriptions -----------------------------------------------------------------------
 
