@@ -103,12 +103,17 @@ function server:start()
   self:pg_ctl(("-l %s/log start"):format(self.host))
 end
 
---- Or starts, or stops.
-function server:is_running()
-  local pid = io.open(self.host .. "/postmaster.pid")
-  if pid then pid:close() end
-  return pid ~= nil
+-- Of its postmaster: 0 while that has not said, nil when it has ended.
+local function pid_of(self)
+  local file = io.open(self.host .. "/postmaster.pid")
+  if not file then return nil end
+  local pid = file:read "*n"
+  file:close()
+  return pid or 0
 end
+
+--- Or starts, or stops.
+function server:is_running() return pid_of(self) ~= nil end
 
 --- Starts it unless it runs already, or is about to.
 function server:ensure()
@@ -123,7 +128,12 @@ end
 --- Begins what pg_ctl else waits for: "-m fast stop".
 function server:begin(arguments) self:pg_ctl("-W " .. arguments) end
 
-function server:begin_start() self:begin(("-l %s/log start"):format(self.host)) end
+--- When it has ended, if it is about to.
+function server:begin_start()
+  support.wait_until("the server to end", function() return not self:is_running() end)
+  self:begin(("-l %s/log start"):format(self.host))
+  support.wait_until("the server to begin", function() return (pid_of(self) or 0) > 0 end)
+end
 
 --- mode: "smart", "fast" (without one) or "immediate"
 function server:stop(mode)
