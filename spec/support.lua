@@ -206,27 +206,26 @@ end
 -- ---- TLS --------------------------------------------------------------------------------
 
 -- It is off in the server of the specs, where elsewhere it would only take time.
-local function switch_tls(value)
-  support.observe("ALTER SYSTEM SET ssl = " .. value)
-  support.observe "SELECT pg_reload_conf()"
-  support.wait_until("ssl to be " .. value, function()
-    return support.observe("SHOW ssl")[1].ssl == value
-  end)
+local function switch_tls(query, value)
+  query("ALTER SYSTEM SET ssl = " .. value)
+  query "SELECT pg_reload_conf()"
+  support.wait_until("ssl to be " .. value, function() return query("SHOW ssl")[1].ssl == value end)
 end
 
---- Has the server speak TLS, until support.without_tls(). Its certificate's file, for the name
+--- Has a server speak TLS: that of the specs, until support.without_tls(), or another one of theirs,
+--- by the folder of its data and a function for queries. Its certificate's file, for the name
 --- db.example. Only of a server of our own: there is a PGLOCKS_TEST_DATA.
-function support.with_tls()
-  local folder = os.getenv "PGLOCKS_TEST_DATA"
+function support.with_tls(folder, query)
+  folder = folder or os.getenv "PGLOCKS_TEST_DATA"
   local said = support.shell(("cd %s && umask 077 && %s openssl req -x509 -newkey rsa:2048 -nodes -days 2"
     .. " -subj /CN=db.example -addext subjectAltName=DNS:db.example -keyout server.key -out server.crt")
     :format(folder, os.getenv "PGLOCKS_TEST_AS_SERVER" or ""))
   assert(io.open(folder .. "/server.crt"), said):close()
-  switch_tls "on"
+  switch_tls(query or support.observe, "on")
   return folder .. "/server.crt"
 end
 
-function support.without_tls() switch_tls "off" end
+function support.without_tls() switch_tls(support.observe, "off") end
 
 -- ---- the server's log -------------------------------------------------------------------
 

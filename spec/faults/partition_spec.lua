@@ -24,6 +24,9 @@ local RESET = 0.5 -- when, after it began to refuse packets
 -- ---- the experiment ---------------------------------------------------------------------
 
 local BOTH_WAYS = { "to_server", "to_client" }
+-- Both are to be seen, and one experiment for each runtime takes long enough.
+local TLS = support.is_jit and " sslmode=require" or ""
+
 local PHASES = { "connecting", "handshake", "waiting", "granted", "holding", "watched", "releasing",
   "idle", "module" }
 
@@ -81,6 +84,9 @@ end
 local function experiment(net)
   local function connect() return pglocks.connect(net.conninfo) end
   local eyes, holder, gate = connect(), connect(), connect()
+  if TLS ~= "" then
+    support.with_tls(net.folder .. "/data", function(sql) return eyes:query(sql) end)
+  end
   local clients, locks, events = {}, {}, {}
 
   local function tell(scenario, what)
@@ -92,7 +98,7 @@ local function experiment(net)
     if QUEUES[phase] ~= nil then locks[name] = holder:lock(name) end
     clients[name] = { scenario = scenario, phase = phase, said = {}, history = {},
       process = scenario.link:spawn("spec/faults/partition_client.lua", phase, scenario.name,
-        scenario.link.conninfo, net.folder) }
+        scenario.link.conninfo .. TLS, net.folder) }
   end
 
   local function wait_until_queued(which)
