@@ -279,6 +279,31 @@ describe("the guard", function()
   end)
 end)
 
+-- Of a broken server; here, of statements that somebody has put in the place of ours.
+describe("an answer without a result", function()
+  after_each(support.finish)
+
+  for name, case in pairs {
+    lock = { {}, "int8", { "SELECT WHERE false", "SELECT NULL::text" } },
+    timed = { { timeout = 5 }, "int8, text", { "SELECT WHERE false", "SELECT NULL::text" } },
+    try = { { timeout = 0 }, "int8", { "SELECT WHERE false", "SELECT NULL::bool", "SELECT 'maybe'" } },
+  } do
+    local options, types, answers = case[1], case[2], case[3]
+
+    it("is unknown, and neither a grant nor a refusal: " .. name, function()
+      for _, sql in ipairs(answers) do
+        local conn = support.connect()
+        conn:lock(42, options):release()
+        conn:query(("DEALLOCATE pglocks_%s_8"):format(name))
+        conn:query(("PREPARE pglocks_%s_8(%s) AS %s"):format(name, types, sql))
+        local err = support.assert_code("unknown", conn.lock, conn, 42, options)
+        assert.equal(60, err.free_by)
+        assert.is_false(conn:alive())
+      end
+    end)
+  end
+end)
+
 describe("a release inside a transaction that has failed", function()
   after_each(support.finish)
 
@@ -370,6 +395,58 @@ describe("a server that stops answering", function()
       assert.same({ "lost" }, lost)
     end)
   end
+
+  it("ends a check at its own timeout", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    local seconds, ok, err = stopped(conn, function() lock:check(0.2) end)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.is_true(seconds >= 0.2 and seconds < 0.7 * support.slow, seconds)
+  end)
+
+  for what, call in pairs {
+    ["close()"] = function(conn) conn:close() end,
+    ["the end of a connection's scope"] = function(conn) getmetatable(conn).__close(conn) end,
+    ["the end of a lock's scope"] = function(_, lock) getmetatable(lock).__close(lock) end,
+  } do
+    it("ends " .. what .. " at reply_timeout, in silence", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local conn = support.connect { reply_timeout = 0.3 }
+      local lock = conn:lock "x"
+      local seconds, ok, err = stopped(conn, function() call(conn, lock) end)
+      assert.is_true(ok, err)
+      assert.is_true(seconds >= 0.3 and seconds < 0.8 * support.slow, seconds)
+      assert.is_false(lock:held() or conn:alive())
+    end)
+  end
+
+  it("ends the beginning of a transaction at reply_timeout with `unknown`", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn = support.connect { reply_timeout = 0.3 }
+    local seconds, ok, err = stopped(conn, function() conn:transaction(print) end)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.is_true(seconds >= 0.3 and seconds < 0.8 * support.slow, seconds)
+  end)
+
+  it("ends a query whose end of a transaction has locks to let go, at reply_timeout with `unknown`", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn = support.connect { reply_timeout = 0.3 }
+    local lock = conn:lock "x"
+    conn:query "BEGIN"
+    support.assert_code("server", conn.query, conn, "SELECT 1/0")
+    lock:release()
+    support.begin(conn, "query", "ROLLBACK")
+    support.wait_until("the rollback", function()
+      return support.observe("SELECT state FROM pg_stat_activity WHERE pid = $1", conn.backend_pid)[1].state == "idle"
+    end)
+    local seconds, ok, err = stopped(conn, function() support.complete(conn) end)
+    assert.is_false(ok)
+    assert.equal("unknown", err.code)
+    assert.is_true(seconds >= 0.3 and seconds < 0.8 * support.slow, seconds)
+  end)
 
   it("row 3, idle: ends a ping at its own timeout", function()
     if support.cannot_signal then return pending(support.cannot_signal) end
