@@ -3,6 +3,8 @@
 local phases = require "spec.faults.phases"
 local support = require "spec.support"
 
+local unpack = table.unpack or unpack
+
 local function cancel(pid) support.observe("SELECT pg_cancel_backend($1)", pid) end
 
 describe("pg_cancel_backend", function()
@@ -183,7 +185,10 @@ describe("an aborted transaction", function()
 end)
 
 describe("a hostile role and schema", function()
-  after_each(support.finish)
+  after_each(function()
+    support.finish()
+    assert.is_false(support.observe("SELECT is_called FROM evil.uses")[1].is_called)
+  end)
 
   local HASTY = 0.2 -- seconds, of every time-out
   local conn
@@ -200,26 +205,37 @@ describe("a hostile role and schema", function()
     end
     support.observe "ALTER ROLE hostile SET search_path = evil, pg_catalog"
     support.observe "CREATE SCHEMA evil"
+    support.observe "CREATE SEQUENCE evil.uses"
+    local function create(name, result, arguments)
+      support.observe(([[CREATE FUNCTION evil.%s(%s) RETURNS %s LANGUAGE sql
+        AS $$SELECT nextval('evil.uses'); SELECT NULL::pg_catalog.%s$$]]):format(name, arguments, result, result))
+    end
     for name, result in pairs {
       pg_advisory_lock = "void", pg_advisory_unlock = "bool", pg_try_advisory_lock = "bool",
       pg_advisory_lock_shared = "void", pg_advisory_unlock_shared = "bool",
       pg_try_advisory_lock_shared = "bool",
     } do
-      local body = result == "bool" and "SELECT true" or "SELECT"
-      for _, arguments in ipairs { "bigint", "int, int" } do
-        support.observe(("CREATE FUNCTION evil.%s(%s) RETURNS %s LANGUAGE sql AS '%s'"):format(
-          name, arguments, result, body))
-      end
+      create(name, result, "int8")
+      create(name, result, "int4, int4")
     end
-    support.observe "CREATE FUNCTION evil.pg_backend_pid() RETURNS int LANGUAGE sql AS 'SELECT 1'"
-    support.observe "CREATE FUNCTION evil.set_config(text, text, bool) RETURNS text LANGUAGE sql AS 'SELECT $1'"
-    support.observe "CREATE FUNCTION evil.pg_is_in_recovery() RETURNS bool LANGUAGE sql AS 'SELECT true'"
-    support.observe "CREATE FUNCTION evil.never(int, int) RETURNS bool LANGUAGE sql AS 'SELECT false'"
-    support.observe "CREATE FUNCTION evil.never(oid, oid) RETURNS bool LANGUAGE sql AS 'SELECT false'"
-    support.observe "CREATE FUNCTION evil.never(text, text) RETURNS bool LANGUAGE sql AS 'SELECT false'"
-    for _, type in ipairs { "int", "oid", "text" } do
-      support.observe(("CREATE OPERATOR evil.= (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.never)")
-        :format(type, type))
+    create("pg_advisory_unlock_all", "void", "")
+    create("pg_backend_pid", "int4", "")
+    create("pg_is_in_recovery", "bool", "")
+    create("set_config", "text", "text, text, bool")
+    create("version", "text", "")
+    create("count", "int8", "text")
+    for i, operator in ipairs {
+      { "=", "bool", "int4", "int4" }, { "=", "bool", "int2", "int4" }, { "=", "bool", "oid", "oid" },
+      { "=", "bool", "text", "text" }, { "<>", "bool", "text", "text" }, { "~~", "bool", "text", "text" },
+      { "<<", "int8", "int8", "int4" }, { ">>", "int8", "int8", "int4" }, { "|", "int8", "int8", "int8" },
+    } do
+      local name, result, left, right = unpack(operator)
+      create("operator" .. i, result, left .. ", " .. right)
+      support.observe(("CREATE OPERATOR evil.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.operator%d)")
+        :format(name, left, right, i))
+    end
+    for _, type in ipairs { "int4", "int8", "text" } do
+      support.observe(("CREATE DOMAIN evil.%s AS pg_catalog.%s CHECK (false)"):format(type, type))
     end
     support.observe "CREATE TABLE evil.pg_locks (pid int)"
     support.observe "CREATE TABLE evil.pg_settings (name text)"
