@@ -35,19 +35,60 @@ describe("pg_cancel_backend", function()
     assert.is_true(lock:release())
   end)
 
-  it("row 9, releasing: leaves nothing", function()
-    if support.cannot_signal then return pending(support.cannot_signal) end
-    for _, options in ipairs { {}, { shared = true } } do
-      local conn = support.connect()
-      local lock = conn:lock("x", options)
-      local go_on = phases.releasing(conn, lock)
-      cancel(conn.backend_pid)
-      go_on()
-      assert.is_true(support.complete(conn))
-      assert.is_false(lock:held())
-      assert.same({}, support.pg_locks(conn.backend_pid))
-      assert.is_true(conn:ping())
+  -- A statement of somebody's in the place of ours: it unlocks, and one can watch it.
+  local SLEEPING = {
+    before = "SELECT pg_advisory_unlock%s($1) FROM pg_sleep(60)",
+    after = "SELECT CASE WHEN pg_advisory_unlock%s($1) THEN pg_sleep(60) IS NOT NULL END",
+  }
+
+  for order, sql in pairs(SLEEPING) do
+    it(("row 9, releasing: %s the unlock: leaves nothing"):format(order), function()
+      for _, mode in ipairs { "", "_shared" } do
+        local conn = support.connect()
+        local options = { shared = mode == "_shared" }
+        conn:lock("x", options):release()
+        local lock = conn:lock("x", options)
+        conn:query(("DEALLOCATE pglocks_unlock%s_8"):format(mode))
+        conn:query(("PREPARE pglocks_unlock%s_8(int8) AS "):format(mode) .. sql:format(mode))
+        support.core.start.release(lock)
+        support.wait_until("the release", function()
+          return #support.observe("SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'PgSleep'",
+            conn.backend_pid) == 1
+        end)
+        cancel(conn.backend_pid)
+        assert.is_true(support.complete(conn))
+        assert.is_false(lock:held())
+        assert.same({}, support.pg_locks(conn.backend_pid))
+        assert.is_true(conn:ping())
+      end
+    end)
+  end
+
+  it("row 9, releasing: of what close() has sent: is sent again", function()
+    local conn, blocker = support.connect(), support.connect()
+    local pid = conn.backend_pid
+    conn:lock "x"
+    -- Since when its statement, if that waits.
+    local function waits_since()
+      local row = support.observe([[SELECT query_start::text AS since FROM pg_stat_activity
+        WHERE pid = $1 AND wait_event_type = 'Lock' AND state = 'active']], pid)[1]
+      return row and row.since
     end
+    -- From then on nobody can look up a function that his session does not know yet.
+    waits_since()
+    cancel(blocker.backend_pid)
+    blocker:query "BEGIN"
+    blocker:query "LOCK TABLE pg_catalog.pg_proc"
+    support.core.start.close(conn)
+    local since = support.wait_until("the unlock to wait", waits_since)
+    cancel(pid)
+    support.wait_until("another one", function()
+      support.core.step(conn)
+      return (waits_since() or since) ~= since
+    end)
+    blocker:close()
+    support.complete(conn)
+    assert.is_true(support.connect():lock("x", { timeout = 0 }):release())
   end)
 
   it("row 9, idle: is ignored", function()
