@@ -46,18 +46,10 @@ describe("a session that is ended", function()
   local function terminate(pid) support.observe("SELECT pg_terminate_backend($1)", pid) end
 
   it("row 8, connecting: is tried again until the deadline, and then an error", function()
-    local blocker = support.connect()
-    blocker:query "BEGIN"
-    support.observe "SELECT" -- connects
-    blocker:query "LOCK TABLE pg_catalog.pg_settings" -- which every connection reads at first
-    local result = phases.connecting(support.conninfo, "{ timeout = 1.5 }")
-    local function stuck()
-      local row = support.observe("SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'relation'")[1]
-      return row and row.pid
-    end
-    local pid = support.wait_until("the client to be connecting", stuck)
+    local result = phases.stuck_connecting(support.connect(), support.conninfo, "{ timeout = 1.5 }")
+    local pid = result.stuck()
     terminate(pid)
-    support.wait_until("another try", function() return (stuck() or pid) ~= pid end)
+    support.wait_until("another try", function() return (result.stuck() or pid) ~= pid end)
     local outcome, _, seconds = result.wait()
     assert.equal("connect", outcome)
     assert.is_true(seconds >= 1.4 and seconds < 2 * support.slow, seconds)
@@ -151,7 +143,8 @@ describe("a server that ends all sessions", function()
   local function kill(pid) support.signal("KILL", pid) end
 
   local function crash() -- of another backend: all are ended, and the server starts anew
-    local other = pglocks.connect(primary.conninfo)
+    query "SELECT" -- connects, if need be
+    local other = primary.observer
     kill(other.backend_pid)
     support.wait_until("the crash", function() return not other:alive() end)
   end
@@ -192,11 +185,13 @@ describe("a server that ends all sessions", function()
 
     it_happens("connecting", title .. " is over before the deadline", function(way)
       local conn = connect()
+      local struck = phases.stuck_connecting(conn, primary.conninfo, "{ timeout = 20 }", query)
       way.lose(conn.backend_pid)
       support.wait_until("the loss", function() return not conn:alive() end)
-      local result = phases.connecting(primary.conninfo, "{ timeout = 20 }")
+      local begun_then = phases.connecting(primary.conninfo, "{ timeout = 20 }")
       way.start()
-      assert.equal("connected", (result.wait()))
+      assert.equal("connected", (struck.wait()))
+      assert.equal("connected", (begun_then.wait()))
     end)
 
     it_happens("waiting", title .. " raises lost", function(way)

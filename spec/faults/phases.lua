@@ -41,6 +41,23 @@ function phases.connecting(conninfo, options)
   return { pid = process.pid, wait = wait }
 end
 
+--- The same, when it has come to its first statement, which waits for a lock of `blocker`, another
+--- connection to that server. The result has stuck(), too: its backend's pid while it waits there.
+--- `query`: of a third connection; without it, of the specs' own.
+function phases.stuck_connecting(blocker, conninfo, options, query)
+  query = query or support.observe
+  query "SELECT" -- connects
+  blocker:query "BEGIN"
+  blocker:query "LOCK TABLE pg_catalog.pg_settings"
+  local result = phases.connecting(conninfo, options)
+  function result.stuck()
+    local row = query("SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'relation'")[1]
+    return row and row.pid
+  end
+  support.wait_until("the client to be connecting", result.stuck)
+  return result
+end
+
 --- `waiter` waits in the server's queue for the lock that `holder` has: that lock. `query`: of
 --- another connection to that server; without it, of the specs' own.
 function phases.waiting(waiter, holder, key, options, query)

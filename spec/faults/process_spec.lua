@@ -82,15 +82,8 @@ describe("a long pause of the client", function()
   after_each(support.finish)
 
   it("row 18, connecting: is an error on waking up, where the deadline has passed", function()
-    local blocker = support.connect()
-    support.observe "SELECT" -- connects
-    blocker:query "BEGIN"
-    blocker:query "LOCK TABLE pg_catalog.pg_settings"
     local began = support.core.now()
-    local result = phases.connecting(support.conninfo, "{ timeout = 0.5 }")
-    support.wait_until("the client to be connecting", function()
-      return #support.observe("SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'relation'") > 0
-    end)
+    local result = phases.stuck_connecting(support.connect(), support.conninfo, "{ timeout = 0.5 }")
     support.signal("STOP", result.pid)
     support.wait_until("the deadline to pass", function() return support.core.now() > began + 1.5 end)
     support.signal("CONT", result.pid)

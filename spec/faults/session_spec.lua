@@ -11,16 +11,8 @@ describe("pg_cancel_backend", function()
   after_each(support.finish)
 
   it("row 9, connecting: is an error with the SQLSTATE", function()
-    local blocker = support.connect()
-    support.observe "SELECT" -- connects
-    blocker:query "BEGIN"
-    blocker:query "LOCK TABLE pg_catalog.pg_settings" -- which every connection reads at first
-    local result = phases.connecting(support.conninfo)
-    local pid = support.wait_until("the client to be connecting", function()
-      local row = support.observe("SELECT pid FROM pg_locks WHERE NOT granted AND locktype = 'relation'")[1]
-      return row and row.pid
-    end)
-    cancel(pid)
+    local result = phases.stuck_connecting(support.connect(), support.conninfo)
+    cancel(result.stuck())
     local outcome, sqlstate = result.wait()
     assert.same({ "interrupted", "57014" }, { outcome, sqlstate })
   end)
@@ -67,6 +59,7 @@ describe("pg_cancel_backend", function()
   it("row 9, releasing: of what close() has sent: is sent again", function()
     local conn, blocker = support.connect(), support.connect()
     local pid = conn.backend_pid
+    finally(function() blocker:close() end)
     conn:lock "x"
     -- Since when its statement, if that waits.
     local function waits_since()
