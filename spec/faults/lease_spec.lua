@@ -59,9 +59,8 @@ end)
 
 describe("a connection in which the server would be the first to give up", function()
   local function refused(options)
-    local described = { host = "db.invalid", timeout = 0.1 }
-    for name, value in pairs(options) do described[name] = value end
-    local message = support.raised(pglocks.connect, described)
+    options.host, options.timeout = "db.invalid", 0.1
+    local message = support.raised(pglocks.connect, options)
     assert.equal("string", type(message))
     return message
   end
@@ -83,9 +82,8 @@ describe("a connection in which the server would be the first to give up", funct
       { tcp_user_timeout = 0 }, { tcp_user_timeout = 20000 }, { lease = 12 },
       { host = "/nowhere", keepalives = 0, lease = 0.1 },
     } do
-      local described = { host = "127.0.0.1", port = 1, timeout = 0.05 }
-      for name, value in pairs(options) do described[name] = value end
-      support.assert_code("connect", pglocks.connect, described)
+      options.host, options.port, options.timeout = options.host or "127.0.0.1", 1, 0.05
+      support.assert_code("connect", pglocks.connect, options)
     end
   end)
 end)

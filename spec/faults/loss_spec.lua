@@ -8,9 +8,9 @@ local support = require "spec.support"
 -- A connection that writes down what it is told.
 local function listening(options)
   local told = {}
-  local described = { on_lost = function(_, err, locks) told[#told + 1] = { err, locks } end }
-  for name, value in pairs(options or {}) do described[name] = value end
-  return support.connect(described), told
+  options = options or {}
+  function options.on_lost(_, err, locks) told[#told + 1] = { err, locks } end
+  return support.connect(options), told
 end
 
 local function is_lost(conn, lock, told, sqlstates)
@@ -153,26 +153,12 @@ describe("a server that ends all sessions", function()
   local STOPPED = { ["57P01"] = true }
   local QUIT = { ["57P01"] = true, ["57P02"] = true, none = true } -- which depends on the version
 
-  -- The phases, for whatever ends the sessions.
-  local function each_phase(row, ways)
-    local function it_happens(phase, title, test)
-      it(("row %s, %s: %s"):format(row, phase, title), function()
-        if server.cannot_make then return pending(server.cannot_make) end
-        for _, way in ipairs(ways) do
-          primary:ensure()
-          test(way)
-        end
-      end)
-    end
-    return it_happens
-  end
-
   local function connect() return listening { conninfo = primary.conninfo, timeout = 20 } end
 
   local ways = {
     ["12"] = {
       { lose = crash, sqlstates = CRASHED, start = function() end },
-      { lose = function(pid) kill(pid) end, sqlstates = CRASHED, start = function() end },
+      { lose = kill, sqlstates = CRASHED, start = function() end },
     },
     ["13"] = {
       { lose = function() primary:begin "-m fast stop" end, sqlstates = STOPPED, start = start },
@@ -181,7 +167,15 @@ describe("a server that ends all sessions", function()
   }
 
   for row, title in pairs { ["12"] = "kill -9 of a backend", ["13"] = "a stop" } do
-    local it_happens = each_phase(row, ways[row])
+    local function it_happens(phase, what, test)
+      it(("row %s, %s: %s"):format(row, phase, what), function()
+        if server.cannot_make then return pending(server.cannot_make) end
+        for _, way in ipairs(ways[row]) do
+          primary:ensure()
+          test(way)
+        end
+      end)
+    end
 
     it_happens("connecting", title .. " is over before the deadline", function(way)
       local conn = connect()

@@ -65,9 +65,9 @@ end
 
 --- A connection that takes the word of whoever says that sessions are pooled.
 local function connect(mode, options)
-  local described = { conninfo = conninfo(mode), pooled = "session" }
-  for name, value in pairs(options or {}) do described[name] = value end
-  return support.connect(described)
+  options = options or {}
+  options.conninfo, options.pooled = conninfo(mode), "session"
+  return support.connect(options)
 end
 
 describe("a pooler", function()
@@ -255,26 +255,19 @@ describe("a pooler of transactions, said to pool sessions,", function()
     assert.same(SHARED, locked(other))
   end)
 
-  it_with_pooler("has nobody's locks taken for one's own by a check (row 23, holding)", function()
-    local conn = connect "transaction"
-    local lock = conn:lock(KEY, { shared = true })
-    local other = replace(conn)
-    assert_code("pooled", lock.check, lock)
-    assert.is_false(lock:held())
-    assert.is_false(conn:alive())
-    assert.same(SHARED, locked(other))
-  end)
-
-  for _, case in ipairs {
-    { "lock" }, { "lock", { timeout = 5 } }, { "try_lock" }, { "try_lock", { shared = true } },
+  for name, call in pairs {
+    ["a check"] = function(_, lock) lock:check() end,
+    ["a lock"] = function(conn) conn:lock(KEY + 1) end,
+    ["a lock with a timeout"] = function(conn) conn:lock(KEY + 1, { timeout = 5 }) end,
+    ["a try_lock"] = function(conn) conn:try_lock(KEY + 1) end,
+    ["a shared try_lock"] = function(conn) conn:try_lock(KEY + 1, { shared = true }) end,
   } do
-    local method, options = case[1], case[2]
-    local name = method .. (options and " with " .. next(options) or "")
-    it_with_pooler(("has no lock left behind by a %s (row 23, holding)"):format(name), function()
+    it_with_pooler(("has nobody's locks taken for one's own, and none left behind, by %s (row 23, holding)")
+      :format(name), function()
       local conn = connect "transaction"
       local lock = conn:lock(KEY, { shared = true })
       local other = replace(conn)
-      assert_code("pooled", conn[method], conn, KEY + 1, options)
+      assert_code("pooled", call, conn, lock)
       assert.is_false(lock:held())
       assert.is_false(conn:alive())
       assert.same(SHARED, locked(other))

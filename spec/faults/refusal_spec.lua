@@ -5,11 +5,12 @@ local phases = require "spec.faults.phases"
 local server = require "spec.faults.server"
 local support = require "spec.support"
 
--- Only of what others, that are of that server too, hold and wait for.
-local function connect(own, options)
-  local described = { conninfo = own.conninfo }
-  for name, value in pairs(options or {}) do described[name] = value end
-  return support.connect(described)
+local function connect(own, timeout)
+  return support.connect { conninfo = own.conninfo, timeout = timeout }
+end
+
+local function it_with_servers(name, fn)
+  it(name, server.cannot_make and function() pending(server.cannot_make) end or fn)
 end
 
 -- What a session does that nothing has happened to.
@@ -50,8 +51,7 @@ describe("a server without a free connection", function()
     end)
   end
 
-  it("row 1, connecting: is tried until the deadline, then too_many_connections", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 1, connecting: is tried until the deadline, then too_many_connections", function()
     fill_up(ROOM)
     local seconds, ok, err = support.timed(pcall, pglocks.connect, { conninfo = full.conninfo, timeout = 0.5 })
     assert.is_false(ok)
@@ -63,8 +63,7 @@ describe("a server without a free connection", function()
     assert.equal("connected", (result.wait()))
   end)
 
-  it("row 1, connecting: a server that is not there yet, or refuses for now", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 1, connecting: a server that is not there yet, or refuses for now", function()
     local own = server.make()
     own:stop()
     local seconds, ok, err = support.timed(pcall, pglocks.connect, { conninfo = own.conninfo, timeout = 0.5 })
@@ -89,8 +88,7 @@ describe("a server without a free connection", function()
     assert.equal("connected", (result.wait()))
   end)
 
-  it("row 1, holding: is nothing to a holder", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 1, holding: is nothing to a holder", function()
     local conn = connect(full)
     local lock = conn:lock "x"
     fill_up(ROOM - 1)
@@ -98,8 +96,7 @@ describe("a server without a free connection", function()
     assert.is_true(lock:check())
   end)
 
-  it("row 1, releasing: is nothing to a release", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 1, releasing: is nothing to a release", function()
     local conn = connect(full)
     local lock = conn:lock "x"
     fill_up(ROOM - 1)
@@ -107,8 +104,7 @@ describe("a server without a free connection", function()
     assert.is_true(fill[1]:lock("x", { timeout = 5 }):release())
   end)
 
-  it("row 1, idle: the module's functions connect when there is room", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 1, idle: the module's functions connect when there is room", function()
     pglocks.setup { databases = { default = { conninfo = full.conninfo, timeout = 0.3 } } }
     fill_up(ROOM)
     support.assert_code("too_many_connections", pglocks.lock, "x")
@@ -147,8 +143,7 @@ describe("a server that stops when all have left, or reads its configuration ane
   }
 
   local function it_happens(title, test)
-    it(title, function()
-      if server.cannot_make then return pending(server.cannot_make) end
+    it_with_servers(title, function()
       for way, happen in pairs(WAYS) do
         own:ensure()
         test(happen, way)
@@ -160,7 +155,7 @@ describe("a server that stops when all have left, or reads its configuration ane
   it_happens("row 13b, connecting: is refused by the one, and not by the other", function(happen, way)
     local conn = connect(own) -- keeps it up
     happen()
-    local ok, err = pcall(connect, own, { timeout = 0.3 })
+    local ok, err = pcall(connect, own, 0.3)
     assert.equal(way == "reload", ok)
     if not ok then assert.same({ "connect", "57P03" }, { err.code, err.sqlstate }) end
     still_works(conn)
@@ -222,17 +217,15 @@ describe("a full lock table", function()
 
   local function empty() filler:query "SELECT pg_advisory_unlock_all()" end
 
-  it("row 16, connecting: is refused with the SQLSTATE, or connects", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 16, connecting: is refused with the SQLSTATE, or connects", function()
     fill_up()
-    local ok, err = pcall(connect, full, { timeout = 2 })
+    local ok, err = pcall(connect, full, 2)
     if not ok then assert.same({ "connect", "53200" }, { err.code, err.sqlstate }) end
     empty()
     still_works(connect(full))
   end)
 
-  it("row 16, waiting: is too_many_locks, and nothing is held", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 16, waiting: is too_many_locks, and nothing is held", function()
     fill_up()
     for _, key in ipairs { "x", { 7, 42 } } do
       for _, options in ipairs { {}, { timeout = 5 }, { timeout = 0 }, { shared = true } } do
@@ -246,8 +239,7 @@ describe("a full lock table", function()
     still_works(conn)
   end)
 
-  it("row 16, holding: is nothing to a holder", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 16, holding: is nothing to a holder", function()
     local lock = conn:lock "x"
     fill_up()
     assert.is_true(lock:held())
@@ -256,16 +248,14 @@ describe("a full lock table", function()
     assert.is_true(lock:check())
   end)
 
-  it("row 16, releasing: is nothing to a release", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 16, releasing: is nothing to a release", function()
     local lock = conn:lock "x"
     fill_up()
     assert.is_true(lock:release())
     assert.is_true(filler:lock("x", { timeout = 0 }):release())
   end)
 
-  it("row 16, idle: the session stays", function()
-    if server.cannot_make then return pending(server.cannot_make) end
+  it_with_servers("row 16, idle: the session stays", function()
     fill_up()
     assert.is_true(conn:ping())
     empty()
