@@ -1126,22 +1126,27 @@ static void query(unsigned what) {
   lua_settop(L, TOP);
 }
 
-/* Without a collection meanwhile, which would let go of what has just been listed. */
-static void locks(void) {
+/* What is listed, of the known locks. Without a collection meanwhile, which would let go of what has
+ * just been listed. */
+static const bool *locks(void) {
+  static bool listed[MAX_KEYS];
+  memset(listed, 0, sizeof listed);
   lua_gc(L, LUA_GCSTOP);
   push_call(CONNECTION_METHODS, "locks");
   if (call("locks", 1) != NULL) finding("locks raises");
   for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
-    bool shared;
+    struct known *k;
     lua_rawgeti(L, TOP + 1, i);
     lua_getfield(L, -1, "mode");
-    shared = strcmp(lua_tostring(L, -1), "shared") == 0;
     lua_getfield(L, -2, "key");
-    must_be_held("locks()", known_key(lua_gettop(L), shared));
+    k = known_key(lua_gettop(L), strcmp(lua_tostring(L, -2), "shared") == 0);
+    must_be_held("locks()", k);
+    listed[k - known] = true;
     lua_settop(L, TOP + 1);
   }
   lua_settop(L, TOP);
   lua_gc(L, LUA_GCRESTART);
+  return listed;
 }
 
 static void scope_end(int index) {
@@ -1167,12 +1172,18 @@ static void abandon(void) {
   scope_end(TOP + 1);
 }
 
-static void configure(unsigned what) {
+static void configure(const char *option, bool value) {
   push_call(CORE, "configure");
   lua_createtable(L, 0, 1);
-  lua_pushboolean(L, (what & 1) != 0);
-  lua_setfield(L, -2, "deferred");
+  lua_pushboolean(L, value);
+  lua_setfield(L, -2, option);
   call("configure", 2);
+  lua_settop(L, TOP);
+}
+
+static void close_connection(void) {
+  push_call(START, "close");
+  complete("close", call("close", 1));
   lua_settop(L, TOP);
 }
 
@@ -1236,9 +1247,7 @@ static void instruct(void) {
     lua_gc(L, LUA_GCCOLLECT);
     break;
   case 16:
-    push_call(START, "close");
-    complete("close", call("close", 1));
-    lua_settop(L, TOP);
+    close_connection();
     break;
   case 17:
     scope_end(CONNECTION);
@@ -1247,7 +1256,7 @@ static void instruct(void) {
     call_simple(CORE, "rollback");
     break;
   case 19:
-    configure(input_byte());
+    configure("deferred", input_byte() & 1);
     break;
   case 20:
     if (run.busy && !run.blocks) abandon();
@@ -1382,7 +1391,7 @@ static void connect_client(bool scripted) {
 
 /* In the end both sides must agree. */
 static void compare(void) {
-  bool listed[MAX_KEYS] = {false};
+  const bool *listed;
   threads_refused = deaf = false;
   push_call(CORE, "in_transaction");
   call("in_transaction", 1);
@@ -1393,19 +1402,7 @@ static void compare(void) {
   lua_settop(L, TOP);
   for (int i = 0; i < 3; i++)
     if (ping() != NULL || peer < 0) return;
-  lua_gc(L, LUA_GCSTOP);
-  push_call(CONNECTION_METHODS, "locks");
-  call("locks", 1);
-  for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
-    struct known *k;
-    lua_rawgeti(L, TOP + 1, i);
-    lua_getfield(L, -1, "mode");
-    lua_getfield(L, -2, "key");
-    k = known_key(lua_gettop(L), strcmp(lua_tostring(L, -2), "shared") == 0);
-    listed[k - known] = true;
-    lua_settop(L, TOP + 1);
-  }
-  lua_settop(L, TOP);
+  listed = locks();
   for (int i = 0; i < known_count; i++)
     if (listed[i] != (known[i].held > 0) || known[i].held > 1)
       finding("%u %u %d%s: the client says %s, the server counts %d", known[i].classid,
@@ -1488,15 +1485,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     lua_xmove(L, meanwhile, 1);
   }
   if (run.connected) {
-    if (run.scheduled) {
-      push_call(CORE, "configure");
-      lua_createtable(L, 0, 1);
-      lua_pushboolean(L, 1);
-      lua_setfield(L, -2, "scheduled");
-      call("configure", 2);
-      lua_settop(L, TOP);
-    }
-    if ((mode & 0x30) == 0x10) configure(1);
+    if (run.scheduled) configure("scheduled", true);
+    if ((mode & 0x30) == 0x10) configure("deferred", true);
     while (input_left()) {
       instruct();
       receive();
@@ -1507,9 +1497,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     locks();
     if (run.honest && peer >= 0) compare();
     if (mode & 0x40) {
-      push_call(START, "close");
-      complete("close", call("close", 1));
-      lua_settop(L, TOP);
+      close_connection();
       for (unsigned slot = 0; slot < MAX_LOCKS; slot++)
         if (push_lock(slot) && ask_held()) finding("held() is true after close()");
     }
