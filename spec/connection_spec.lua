@@ -86,35 +86,6 @@ describe("connect", function()
     assert.equal("3", setting(conn, "tcp_keepalives_count"))
     assert.equal("30000", (setting(conn, "tcp_user_timeout"):gsub("30s", "30000")))
   end)
-
-  it("is not fooled by functions and operators earlier on the search path", function()
-    support.observe "CREATE SCHEMA evil"
-    finally(function()
-      support.observe "DROP SCHEMA evil CASCADE"
-      support.observe "DROP ROLE victim"
-    end)
-    support.observe "CREATE ROLE victim LOGIN SUPERUSER"
-    support.observe "ALTER ROLE victim SET search_path = evil, pg_catalog"
-    for _, signature in ipairs {
-      "pg_advisory_lock(bigint) RETURNS void", "pg_try_advisory_lock(bigint) RETURNS boolean",
-      "pg_advisory_unlock(bigint) RETURNS boolean",
-    } do
-      support.observe(("CREATE FUNCTION evil.%s LANGUAGE sql AS 'SELECT %s'"):format(signature,
-        signature:find "void" and "" or "true"))
-    end
-    support.observe "CREATE FUNCTION evil.eq(int, int) RETURNS boolean LANGUAGE sql AS 'SELECT false'"
-    support.observe "CREATE OPERATOR evil.= (LEFTARG = int, RIGHTARG = int, FUNCTION = evil.eq)"
-    local conn, other = support.connect { user = "victim" }, support.connect()
-    for _, options in ipairs { {}, { timeout = 1 } } do
-      local lock = conn:lock(7, options)
-      assert.equal(1, #support.pg_locks(conn.backend_pid))
-      assert.is_true(lock:check())
-      assert.same({ nil, "busy" }, { other:try_lock(7) })
-      lock:release()
-      assert.same({}, support.pg_locks(conn.backend_pid))
-    end
-    conn:close()
-  end)
 end)
 
 describe("connecting to several hosts", function()

@@ -145,24 +145,6 @@ describe("a query", function()
     assert.is_true(conn:alive())
     assert.equal(1, value(conn, "1"))
   end)
-
-  it("of the user's search path does not hijack our own statements", function()
-    local conn = support.connect()
-    conn:query "CREATE SCHEMA evil"
-    conn:query [[CREATE FUNCTION evil.pg_advisory_lock(int8) RETURNS void LANGUAGE sql AS '']]
-    conn:query [[CREATE FUNCTION evil.pg_try_advisory_lock(int8) RETURNS bool LANGUAGE sql AS 'SELECT true']]
-    conn:query [[CREATE FUNCTION evil.pg_advisory_unlock(int8) RETURNS bool LANGUAGE sql AS 'SELECT true']]
-    conn:query [[CREATE FUNCTION evil.set_config(text, text, bool) RETURNS text LANGUAGE sql AS 'SELECT NULL']]
-    conn:query "SET search_path = evil, pg_catalog"
-    for _, options in ipairs { {}, { timeout = 0 }, { timeout = 5 } } do
-      local lock = conn:lock(42, options)
-      assert.equal(1, #support.pg_locks(conn.backend_pid))
-      assert.is_true(lock:check())
-      assert.is_true(lock:release())
-      assert.equal(0, #support.pg_locks(conn.backend_pid))
-    end
-    conn:query "DROP SCHEMA evil CASCADE"
-  end)
 end)
 
 describe("ping", function()
