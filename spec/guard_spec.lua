@@ -280,17 +280,17 @@ describe("the guard", function()
 end)
 
 -- Of a broken server; here, of statements that somebody has put in the place of ours.
-describe("an answer without a result", function()
+describe("an answer that no such statement has", function()
   after_each(support.finish)
 
   for name, case in pairs {
-    lock = { {}, "int8", { "SELECT WHERE false", "SELECT NULL::text" } },
-    timed = { { timeout = 5 }, "int8, text", { "SELECT WHERE false", "SELECT NULL::text" } },
+    lock = { {}, "int8", { "SELECT WHERE false", "SELECT NULL::text", "SELECT false", "SELECT true" } },
+    timed = { { timeout = 5 }, "int8, text", { "SELECT WHERE false", "SELECT NULL::text", "SELECT false" } },
     try = { { timeout = 0 }, "int8", { "SELECT WHERE false", "SELECT NULL::bool", "SELECT 'maybe'" } },
   } do
     local options, types, answers = case[1], case[2], case[3]
 
-    it("is unknown, and neither a grant nor a refusal: " .. name, function()
+    it("is unknown, neither a grant nor a refusal: " .. name, function()
       for _, sql in ipairs(answers) do
         local conn = support.connect()
         conn:lock(42, options):release()

@@ -269,7 +269,7 @@ static void acquire_advance(struct session *s) {
                     : GUARD_UNLOCK;
     recover(s, GUARD);
   } else if (op->timeout == 0 ? op->answer.value != VALUE_TRUE && op->answer.value != VALUE_FALSE
-                              : op->answer.value <= VALUE_NULL) {
+                              : op->answer.value != VALUE_OTHER) {
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   } else if (op->holding->doubtful) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
