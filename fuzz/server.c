@@ -5,9 +5,9 @@
  * cancel requests are replaced (the linker's --wrap), so that nothing waits and a run repeats
  * itself exactly.
  *
- * Two oracles. What libpq tells the client is recorded where it is told, and a lock that the client
- * calls held must have been granted by a complete answer, and not been given up since. And where
- * the server is `honest`, doing only what PostgreSQL does, the client must in the end know of
+ * Three oracles. What libpq tells the client is recorded where it is told, and a lock that the client
+ * calls held must have been granted by a complete answer, and not been given up since. One that it
+ * says not to have got must have been denied by such an answer. And where the server is `honest`, doing only what PostgreSQL does, the client must in the end know of
  * exactly the locks that the server has. */
 #include "harness.h"
 
@@ -122,6 +122,7 @@ static struct command {
 } commands[MAX_COMMANDS + 1];
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
+static int denials; /* answers that say of a lock that it is not held, so far */
 
 static uint32_t big_endian(const char *bytes) {
   const unsigned char *b = (const unsigned char *)bytes;
@@ -199,7 +200,9 @@ static void conclude(int n) {
   const struct command *c = &commands[n];
   for (int i = 0; i < c->count && !c->failed; i++) {
     const struct statement *s = &c->statements[i];
-    if (s->on == NULL || s->on->given_up >= n) continue;
+    if (s->on == NULL) continue;
+    if (s->kind != LOCK && (c->row == ROW_NULL || c->row == ROW_OTHER)) denials++;
+    if (s->on->given_up >= n) continue;
     if (c->row == ROW_TRUE || (s->kind == LOCK && c->row == ROW_OTHER)) {
       s->on->believed = true;
       s->on->disproved = false;
@@ -953,12 +956,12 @@ static bool ask_held(void) {
   return held;
 }
 
-/* Of what a call that acquires returned: a lock, or nil. */
-static void take_lock(bool attempt, unsigned slot) {
+/* Of what a call that acquires returned: a lock, or nil. True: one that is acquired. */
+static bool take_lock(bool attempt, unsigned slot) {
   bool acquired;
   if (lua_gettop(L) <= TOP || lua_isnil(L, TOP + 1)) {
     if (attempt) finding("attempt returns no lock");
-    return;
+    return false;
   }
   lua_settop(L, TOP + 1);
   lua_getfield(L, -1, "acquired");
@@ -969,6 +972,15 @@ static void take_lock(bool attempt, unsigned slot) {
   else if (!attempt)
     finding("a lock that is not acquired");
   lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+  return acquired;
+}
+
+/* After which nothing is locked, for certain. */
+static bool is_refusal(const char *code) {
+  static const char *const codes[] = {"timeout", "interrupted", "deadlock", "too_many_locks"};
+  for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+    if (strcmp(code, codes[i]) == 0) return true;
+  return false;
 }
 
 /* Drives what was begun to its end. */
@@ -1047,22 +1059,21 @@ static void push_options(unsigned what) {
 static void acquire(const char *name, unsigned what) {
   unsigned slot = input_byte();
   bool attempt = strcmp(name, "attempt") == 0, blocks = slot & 64 && !run.scheduled;
-  if (blocks)
-    push_call(attempt ? CORE : CONNECTION_METHODS, name);
-  else
-    push_call(START, name);
+  int denials_before = denials;
+  const char *code;
+  push_call(!blocks ? START : attempt ? CORE : CONNECTION_METHODS, name);
   push_key(what >> 4);
   push_options(what);
   if (blocks) {
     bool was_busy = run.busy;
-    const char *code;
     run.busy = true;
     code = call(name, 3);
     run.busy = was_busy;
     if (code == NULL && was_busy) finding("%s goes on inside another operation", name);
-    if (code == NULL) take_lock(attempt, slot);
-  } else if (complete(name, call(name, 3)) == NULL)
-    take_lock(attempt, slot);
+  } else
+    code = complete(name, call(name, 3));
+  if ((code != NULL ? is_refusal(code) : !take_lock(attempt, slot)) && denials == denials_before)
+    finding("%s says refused of a lock that was not denied", name);
   lua_settop(L, TOP);
 }
 
@@ -1464,7 +1475,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   memset(&server, 0, sizeof server);
   memset(commands, 0, sizeof *commands);
   server.transaction = 'I';
-  known_count = asked = received = answered = told = thread_count = 0;
+  known_count = asked = received = answered = told = denials = thread_count = 0;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = false;
