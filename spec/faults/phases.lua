@@ -22,6 +22,7 @@ local CONNECTING = [[
     print(("connected - %.3f"):format(seconds))
     conn:lock("after connecting"):release()
   else
+    assert(conn.free_by == nil) -- no lock was in question
     print(("%s %s %.3f"):format(conn.code or conn, conn.sqlstate or "-", seconds))
   end
 ]]
