@@ -319,11 +319,19 @@ describe("a hostile role and schema", function()
     holds(1)
   end)
 
-  it("row 29, releasing: releases, and after an error the guard too", function()
-    local lock = conn:lock "x"
-    conn:query "DEALLOCATE ALL"
-    assert.is_true(lock:release())
-    holds(0)
+  it("row 29, releasing: releases, and after an error the guard does", function()
+    for name, types in pairs {
+      unlock_8 = "bigint", unlock_44 = "int, int", unlock_shared_8 = "bigint", unlock_shared_44 = "int, int",
+    } do
+      local key, options = name:find "44" and { 7, 42 } or 7, { shared = name:find "shared" ~= nil }
+      conn:lock(key, options):release()
+      local lock = conn:lock(key, options)
+      holds(1)
+      conn:query("DEALLOCATE pglocks_" .. name)
+      conn:query(("PREPARE pglocks_%s(%s) AS SELECT 1 / 0"):format(name, types))
+      assert.is_true(lock:release())
+      holds(0)
+    end
   end)
 
   it("row 29, idle: the session stays", function()
