@@ -3,6 +3,7 @@
 
 local cqueues = require "cqueues"
 
+local phases = require "spec.faults.phases"
 local pglocks = require "pglocks"
 local server = require "spec.faults.server"
 local support = require "spec.support"
@@ -70,6 +71,13 @@ local function connect(mode, options)
   return support.connect(options)
 end
 
+--- One that asks the pooler for nothing.
+local function connect_without_a_look(mode)
+  local conn = support.core.start.connect(support.core.conninfo(conninfo(mode)), 10)
+  assert.is_true(support.complete(conn))
+  return conn
+end
+
 describe("a pooler", function()
   before_each(start)
   after_each(function()
@@ -90,6 +98,14 @@ describe("a pooler", function()
       assert.same({}, support.pg_locks())
     end)
   end
+
+  it_with_pooler("that is refused keeps the settings of its sessions (row 23, connecting)", function()
+    local other = connect_without_a_look "transaction"
+    other:query "SET statement_timeout = '42s'"
+    assert_code("pooled", pglocks.connect, conninfo "transaction")
+    assert.equal("42s", other:query("SHOW statement_timeout")[1].statement_timeout)
+    other:close()
+  end)
 end)
 
 describe("a pooler of sessions, said to be one,", function()
@@ -212,6 +228,19 @@ describe("a pooler of transactions, said to pool sessions,", function()
     return modes
   end
   local SHARED = { KEY .. " ShareLock" }
+
+  it_with_pooler("is refused when it changes sessions meanwhile (row 23, connecting)", function()
+    local occupant, next_one, blocker = connect "transaction", connect "transaction", support.connect()
+    occupant:query "BEGIN"
+    local client = phases.stuck_connecting(blocker, conninfo "transaction", '{ pooled = "session" }')
+    support.begin(next_one, "query", "BEGIN") -- gets the client's session as soon as that is free
+    connect_without_a_look("transaction"):close() -- and by now the pooler knows of it
+    blocker:query "COMMIT"
+    support.complete(next_one)
+    occupant:query "COMMIT"
+    assert.equal("pooled", (client.wait()))
+    next_one:query "COMMIT"
+  end)
 
   it_with_pooler("has nobody's locks released by a release (row 23, releasing)", function()
     local told = {}
