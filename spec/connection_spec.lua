@@ -286,6 +286,22 @@ describe("a lost session", function()
     end
   end)
 
+  it("is noticed in a release that asks nobody", function()
+    for _, options in ipairs { {}, { release = "deferred" } } do
+      local told = 0
+      function options.on_lost() told = told + 1 end
+      local conn = support.connect(options)
+      local lock = conn:lock "x"
+      if not options.release then lock = conn:lock "x" end -- which is only counted
+      support.observe("SELECT pg_terminate_backend($1)", conn.backend_pid)
+      support.wait_until("the backend's end", function()
+        return #support.observe("SELECT 1 FROM pg_stat_activity WHERE pid = $1", conn.backend_pid) == 0
+      end)
+      assert.equal("57P01", support.assert_code("lost", lock.release, lock).sqlstate)
+      assert.equal(1, told)
+    end
+  end)
+
   it("is noticed when idle_session_timeout ends it", function()
     local conn = support.connect()
     if conn.server_version < 140000 then -- has none
