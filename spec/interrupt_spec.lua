@@ -132,6 +132,21 @@ describe("conn:cancel()", function()
     lock:release()
   end)
 
+  -- The program's handlers are Lua's, for the thread that it runs in.
+  local function other_threads_block_signals()
+    local file = assert(io.open "/proc/self/stat")
+    local pid, count = file:read "*n", 0
+    file:close()
+    local masks = support.shell(("grep SigBlk /proc/%d/task/*/status"):format(pid))
+    for thread, mask in masks:gmatch "task/(%d+)/status:SigBlk:%s*(%x+)" do
+      if tonumber(thread) ~= pid then
+        count = count + 1
+        if not mask:find "[2367abef]$" then return false end -- SIGINT
+      end
+    end
+    return count > 0
+  end
+
   it("sends nothing before its request has finished, which could hit that", function()
     if support.cannot_signal then return pending(support.cannot_signal) end
     local core = support.core
@@ -146,6 +161,7 @@ describe("conn:cancel()", function()
     support.signal("STOP", postmaster) -- the request now gets no answer
     local ok, err = pcall(function()
       assert.is_true(waiter:cancel())
+      assert.is_true(other_threads_block_signals())
       support.observe("SELECT pg_cancel_backend($1)", waiter.backend_pid)
       support.wait_until("the answer to the lock", function()
         local _, fd = core.step(waiter)
