@@ -217,6 +217,25 @@ describe("the guard", function()
       end
     end)
 
+  it("goes on to wait for what is left of the timeout, when it has let go of such a lock", function()
+    local timeout = support.slow
+    local conn, other = support.connect { release = "deferred" }, support.connect()
+    conn:lock("warm"):release()
+    conn:ping()
+    local busy = other:lock "busy"
+    local lock = conn:lock "released"
+    conn:query "DEALLOCATE pglocks_unlock_8"
+    lock:release()
+    local began = support.core.now()
+    support.begin(conn, "lock", "busy", { timeout = timeout })
+    support.sleep(0.6 * timeout) -- only then it hears that the release has failed
+    support.assert_code("timeout", support.complete, conn)
+    local seconds = support.core.now() - began
+    assert.is_true(seconds >= timeout and seconds < 1.4 * timeout, seconds)
+    assert.is_true(other:lock("released", { timeout = 0 }):release())
+    busy:release()
+  end)
+
   -- The unlock fails and the lock behind it, in the same pipeline, succeeds: the server counts 2.
   it("settles a failed deferred release before the key is taken again", function()
     local conn = support.connect { release = "deferred" }
