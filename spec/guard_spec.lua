@@ -321,6 +321,29 @@ describe("an answer that no such statement has", function()
       end
     end)
   end
+
+  it("is unknown, and not not_held: release", function()
+    for _, sql in ipairs { "SELECT WHERE false", "SELECT NULL::bool", "SELECT 'maybe'" } do
+      for _, release in ipairs { "confirmed", "deferred" } do
+        local told = {}
+        local conn = support.connect { release = release, on_lost = function(_, err) told[#told + 1] = err.code end }
+        conn:lock(42):release()
+        local lock = conn:lock(42)
+        conn:query "DEALLOCATE pglocks_unlock_8"
+        conn:query("PREPARE pglocks_unlock_8(int8) AS " .. sql)
+        if release == "confirmed" then
+          support.assert_code("unknown", lock.release, lock)
+          assert.is_false(conn:alive())
+          assert.same({ "lost" }, told)
+        else -- there the guard finds out
+          assert.is_true(lock:release())
+          assert.is_true(conn:ping() and conn:ping())
+          assert.same({}, support.pg_locks(conn.backend_pid))
+          assert.same({}, told)
+        end
+      end
+    end
+  end)
 end)
 
 describe("a release inside a transaction that has failed", function()

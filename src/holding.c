@@ -97,8 +97,11 @@ void holding_trust(struct session *s, struct holding *h) {
 void holding_answered(struct session *s, const struct command *command) {
   struct holding *h = command->holding;
   const struct answer *answer = &command->answer;
-  if (answer->failed) {
-    h->untouched = h->untouched || (!command->settles && failure_never_ran(&answer->failure));
+  bool answers = answer->value == VALUE_TRUE || answer->value == VALUE_FALSE ||
+                 (command->settles && answer->value == VALUE_NULL);
+  if (answer->failed || !answers) {
+    if (answer->failed && !command->settles && failure_never_ran(&answer->failure))
+      h->untouched = true;
     holding_doubt(s, h);
     acquire_step_aside(s);
   } else {

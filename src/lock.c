@@ -503,8 +503,10 @@ static void release_advance(struct session *s) {
     recover(s, again ? MAIN : GUARD);
   } else if (op->answer.value == VALUE_TRUE)
     finished(s, NO_ERROR, "");
-  else
+  else if (op->answer.value == VALUE_FALSE)
     finished(s, NOT_HELD, NOT_HELD_MESSAGE);
+  else
+    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
 }
 
 enum { RELEASE_DONE, RELEASE_OF_NOTHING };
