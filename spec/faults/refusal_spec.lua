@@ -63,6 +63,19 @@ describe("a server without a free connection", function()
     assert.equal("connected", (result.wait()))
   end)
 
+  it_with_servers("row 1, connecting: the reason stays when at last the server says nothing", function()
+    fill_up(ROOM)
+    local function refusals() return select(2, support.read(full.host .. "/log"):gsub("too many clients", "")) end
+    local before = refusals()
+    local postmaster = support.read(full.host .. "/postmaster.pid"):match "%d+"
+    local result = phases.connecting(full.conninfo, "{ timeout = 1.5 }")
+    finally(function() support.signal("CONT", postmaster) end)
+    support.wait_until("a refusal", function() return refusals() > before end)
+    support.signal("STOP", postmaster)
+    local outcome, sqlstate = result.wait()
+    assert.same({ "too_many_connections", "53300" }, { outcome, sqlstate })
+  end)
+
   it_with_servers("row 1, connecting: a server that is not there yet, or refuses for now", function()
     local own = server.make()
     own:stop()
