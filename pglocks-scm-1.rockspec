@@ -51,6 +51,8 @@ build = {
         "src/lock.c",
         "src/query.c",
         "src/key.c",
+        "src/scheme.c",
+        "src/digest.c",
       },
       libraries = { "pq", "crypto", "z", "pthread" },
       incdirs = { "$(PQ_INCDIR)", "$(CRYPTO_INCDIR)", "$(ZLIB_INCDIR)" },

@@ -174,23 +174,11 @@ describe("a key of any other type", function()
 end)
 
 describe("a name as a key", function()
-  local names = { "", "some lock", "invoice 42", "naïve-日本", ("x"):rep(1000) }
-  local schemes = {
-    sha256 = { "-2039914840885289964", "-5006958056254205714", "-8336654015406136946",
-      "5167079205337725586", "4969780757471279619" },
-    ["django-pglocks"] = { "0", "-205618829", "-80148152", "-349992043", "994167270" },
-  }
-
-  for scheme, expected in pairs(schemes) do
-    it("becomes the number of the published vectors with " .. scheme, function()
-      for i, name in ipairs(names) do
-        assert.equal(expected[i], tostring(key(name, { hash = scheme })))
-      end
-    end)
-  end
-
   it("is hashed with SHA-256 unless told otherwise", function()
-    for i, name in ipairs(names) do assert.equal(schemes.sha256[i], tostring(key(name))) end
+    for _, name in ipairs { "", "some lock", "invoice 42", "naïve-日本", ("x"):rep(1000) } do
+      assert.equal(key(name, { hash = "sha256" }), key(name))
+      assert.equal(server_key("sha256", name), tostring(key(name)))
+    end
   end)
 
   it("may be any bytes: all of them count", function()
@@ -254,11 +242,11 @@ describe("a namespace", function()
     for _, name in ipairs { "abcdef", "", "a\0b", big_endian(3) .. "abcdef" } do add(key(name)) end
   end)
 
-  it("is refused where the hash has none", function()
-    assert_raises("bad argument #2 to 'key' (hash 'django-pglocks' takes no namespace)",
-      make, "a", { hash = "django-pglocks", namespace = "app" })
-    assert_raises("hash 'django-pglocks' takes no namespace",
-      make, "a", { hash = "django-pglocks", namespace = "" })
+  it("is a string", function()
+    for _, namespace in ipairs { 7, { "app" } } do
+      assert_raises("bad argument #2 to 'key' (hash 'sha256' takes a string as its namespace)",
+        make, "a", { namespace = namespace })
+    end
   end)
 end)
 
@@ -277,9 +265,12 @@ describe("the options of a key", function()
       ["unknown option 'hsah'"] = { hsah = "sha256" },
       ["unknown option 'shared'"] = { shared = true },
       ["unknown option"] = { "sha256" },
-      ["option 'hash': name of a scheme expected, got number"] = { hash = 256 },
-      ["option 'hash': name of a scheme expected, got boolean"] = { hash = false },
-      ["option 'namespace': string expected, got number"] = { namespace = 7 },
+      ["option 'hash': name of a scheme or function expected, got number"] = { hash = 256 },
+      ["option 'hash': name of a scheme or function expected, got boolean"] = { hash = false },
+      ["option 'namespace': string, integer or list of strings expected, got boolean"] = { namespace = true },
+      ["option 'namespace': string, integer or list of strings expected, got number"] = { namespace = 1.5 },
+      ["option 'namespace': string, integer or list of strings expected, got table"] = { namespace = {} },
+      ["option 'namespace': list of strings expected, [2] is number"] = { namespace = { "a", 7 } },
       ["table of options expected, got string"] = "sha256",
       ["table of options expected, got boolean"] = false,
     } do
@@ -324,7 +315,10 @@ describe("the defaults of setup", function()
     assert_raises("bad argument #1 to 'setup' (hash 'django-pglocks' takes no namespace)",
       setup, { hash = "django-pglocks", namespace = "app" })
     assert_raises("bad argument #1 to 'setup'", setup, { hash = "md5" })
-    assert_raises("bad argument #1 to 'setup'", setup, { namespace = 7 })
+    assert_raises("bad argument #1 to 'setup' (hash 'sha256' takes a string as its namespace)",
+      setup, { namespace = 7 })
+    assert_raises("bad argument #1 to 'setup' (hash 'river' takes a 32-bit integer as its namespace)",
+      setup, { hash = "river", namespace = "app" })
     assert.equal(before, key "some lock")
   end)
 
@@ -384,6 +378,51 @@ describe("a key", function()
     assert.is_nil(made.other)
     assert.is_false(pcall(function() made.objid = 43 end))
   end)
+
+  it("has the value that a call takes for the same key", function()
+    for _, value in ipairs { 0, 42, -1, 2 ^ 53, -2 ^ 53, { 7, -42 }, { -2 ^ 31, 2 ^ 31 - 1 } } do
+      assert.same(value, key(value).value)
+    end
+    for _, name in ipairs { "some lock", "invoice 42", "naïve-日本" } do
+      local made = key(name)
+      assert.equal(made, key(made.value))
+      assert.equal(tostring(made), (tostring(made.value):gsub("LL$", "")))
+      assert.equal(support.is_jit and "cdata" or "number", type(made.value))
+    end
+    assert.not_equal(key(42).value, key { 0, 42 }.value)
+  end)
+
+  for text, value in pairs {
+    ["9007199254740993"] = support.is_jit and "9007199254740993LL" or "9007199254740993",
+    ["-9007199254740993"] = support.is_jit and "-9007199254740993LL" or "-9007199254740993",
+    ["9223372036854775807"] = support.is_jit and "9223372036854775807LL" or "9223372036854775807",
+    ["-9223372036854775808"] = support.is_jit and "-9223372036854775807LL - 1LL" or "-9223372036854775807 - 1",
+  } do
+    it("keeps all digits of " .. text, function()
+      local made = key(cdata(value))
+      assert.equal(text, tostring(made))
+      assert.is_true(made.value == cdata(value))
+      assert.equal(made, key(made.value))
+    end)
+  end
+
+  if support.is_jit then
+    it("has a string of digits for its value where there is no ffi", function()
+      local process = support.spawn [[
+        package.loaded.ffi, package.preload.ffi = nil, nil
+        local key = require "pglocks".key
+        for _, name in ipairs { "some lock", "invoice 42" } do
+          print(type(key(name).value), key(name).value, key(name))
+        end
+        print(type(key(2 ^ 53).value), key(2 ^ 53))
+      ]]
+      local lines = {}
+      for line in process.lines do lines[#lines + 1] = line end
+      process.close()
+      assert.same({ "string\t-5006958056254205714\t-5006958056254205714",
+        "string\t-8336654015406136946\t-8336654015406136946", "number\t9007199254740992" }, lines)
+    end)
+  end
 
   it("equals keys of the same lock and nothing else", function()
     assert.is_true(key(42) == key(42.0))

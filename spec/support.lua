@@ -132,8 +132,8 @@ end
 
 local function quote(text) return "'" .. tostring(text):gsub("'", [['\'']]) .. "'" end
 
--- As a program would find the server: libpq's environment.
-local function environment()
+--- The words of a shell that put a program where it finds the server, as libpq's programs do.
+function support.environment()
   local variables = { host = "PGHOST", hostaddr = "PGHOSTADDR", port = "PGPORT", user = "PGUSER",
     password = "PGPASSWORD", dbname = "PGDATABASE" }
   local words = { "env" }
@@ -147,7 +147,7 @@ end
 --- included, and its exit status.
 function support.run_program(path)
   local pipe = assert(io.popen(table.concat({
-    environment(), os.getenv "PGLOCKS_TEST_LUA" or "lua", quote(path), "2>&1; echo $?" }, " ")))
+    support.environment(), os.getenv "PGLOCKS_TEST_LUA" or "lua", quote(path), "2>&1; echo $?" }, " ")))
   local lines = {}
   for line in pipe:lines() do lines[#lines + 1] = line end
   pipe:close()

@@ -1,108 +1,21 @@
 /* key.c: what PostgreSQL locks: a 64-bit key or a pair, made from a number, a pair of numbers
- * or a name. */
+ * or, by a scheme, a name. */
 #include "pglocks.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include <openssl/evp.h>
-#include <zlib.h>
-
 #define MAGIC 0x70676c6bu
 #define DEFAULTS "pglocks key defaults"
 #define TOSTRING "pglocks tostring"
+#define INT64 "pglocks int64"
 #define LUAJIT_TCDATA 10
 
 struct key_userdata {
   uint32_t magic;
   struct key key;
 };
-
-/* ---- schemes --------------------------------------------------------------------------- */
-
-static int64_t big_endian(const unsigned char *bytes) {
-  uint64_t n = 0;
-  for (int i = 0; i < 8; i++) n = n << 8 | bytes[i];
-  return (int64_t)n;
-}
-
-/* A bare name is hashed with SHA-256. With a namespace it is SHA-512 over the namespace's length
- * (8 bytes, big-endian), the namespace and the name: the length keeps ("a", "bc") and ("ab", "c")
- * apart, the other digest keeps both apart from every bare name. */
-static bool digest_sha(const char *name, size_t length, const char *namespace,
-                       size_t namespace_length, int64_t *key) {
-  unsigned char digest[EVP_MAX_MD_SIZE], prefix[8];
-  EVP_MD_CTX *context;
-  bool done;
-  if (namespace == NULL) {
-    done = EVP_Digest(name, length, digest, NULL, EVP_sha256(), NULL);
-  } else {
-    for (int i = 0; i < 8; i++) prefix[i] = (unsigned char)((uint64_t)namespace_length >> (56 - 8 * i));
-    context = EVP_MD_CTX_new();
-    done = context != NULL && EVP_DigestInit_ex(context, EVP_sha512(), NULL) &&
-           EVP_DigestUpdate(context, prefix, sizeof prefix) &&
-           EVP_DigestUpdate(context, namespace, namespace_length) &&
-           EVP_DigestUpdate(context, name, length) && EVP_DigestFinal_ex(context, digest, NULL);
-    EVP_MD_CTX_free(context);
-  }
-  if (done) *key = big_endian(digest);
-  return done;
-}
-
-/* django-pglocks 1.0.4: CRC-32 of the name's bytes as a signed 32-bit integer. */
-static bool digest_crc32(const char *name, size_t length, const char *namespace,
-                         size_t namespace_length, int64_t *key) {
-  (void)namespace, (void)namespace_length;
-  *key = (int32_t)crc32_z(0, (const unsigned char *)name, length);
-  return true;
-}
-
-static const struct {
-  const char *name;
-  digest_function *digest;
-  bool takes_namespace;
-} schemes[] = {
-    {"sha256", digest_sha, true}, /* the default */
-    {"django-pglocks", digest_crc32, false},
-};
-
-static bool find_scheme(const char *name, struct hashing *how) {
-  for (size_t i = 0; i < sizeof schemes / sizeof *schemes; i++)
-    if (strcmp(schemes[i].name, name) == 0) {
-      how->scheme = schemes[i].name;
-      how->digest = schemes[i].digest;
-      how->takes_namespace = schemes[i].takes_namespace;
-      return true;
-    }
-  return false;
-}
-
-struct hashing key_defaults(lua_State *L) {
-  struct hashing how;
-  lua_getfield(L, LUA_REGISTRYINDEX, DEFAULTS);
-  how = *(struct hashing *)lua_touserdata(L, -1);
-  lua_pop(L, 1);
-  return how;
-}
-
-bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how) {
-  if (strcmp(option, "hash") == 0) {
-    if (lua_type(L, index) != LUA_TSTRING)
-      type_error(L, argument, "option 'hash': name of a scheme", index);
-    if (!is_name(L, index) || !find_scheme(lua_tostring(L, index), how))
-      argument_error(L, argument, lua_pushfstring(L, "option 'hash': unknown scheme '%s'",
-                                                  lua_tostring(L, index)));
-    how->explicit_scheme = true;
-  } else if (strcmp(option, "namespace") == 0) {
-    if (lua_type(L, index) != LUA_TSTRING)
-      type_error(L, argument, "option 'namespace': string", index);
-    how->namespace = lua_tolstring(L, index, &how->namespace_length);
-    how->explicit_namespace = true;
-  } else
-    return false;
-  return true;
-}
 
 /* ---- keys from Lua values -------------------------------------------------------------- */
 
@@ -165,18 +78,19 @@ static bool has_two_values(lua_State *L, int index) {
   return n == 2 && lua_rawlen(L, index) == 2;
 }
 
-static void pair_check(lua_State *L, int index, int argument, struct key *key) {
+static void pair_check(lua_State *L, int index, int argument, const char *what, struct key *key) {
   int64_t n[2];
   if (!has_two_values(L, index))
-    argument_error(L, argument, "a pair of 32-bit integers expected, got another table");
+    argument_error(L, argument, lua_pushfstring(L, "%sa pair of 32-bit integers expected, got another"
+                                                " table", what));
   for (int i = 0; i < 2; i++) {
     enum number is;
     lua_rawgeti(L, index, i + 1);
     is = exact_integer(L, lua_gettop(L), &n[i]);
     if (is != EXACT || n[i] < INT32_MIN || n[i] > INT32_MAX)
       argument_error(L, argument,
-                     lua_pushfstring(L, "a pair of 32-bit integers expected, [%d] is %s", i + 1,
-                                     is == NOT_A_NUMBER ? luaL_typename(L, -1)
+                     lua_pushfstring(L, "%sa pair of 32-bit integers expected, [%d] is %s", what,
+                                     i + 1, is == NOT_A_NUMBER ? luaL_typename(L, -1)
                                      : is == NOT_EXACT  ? "no exact integer"
                                                         : "out of range"));
     lua_pop(L, 1);
@@ -186,37 +100,18 @@ static void pair_check(lua_State *L, int index, int argument, struct key *key) {
   key->objsubid = 2;
 }
 
-static void name_check(lua_State *L, int index, int argument, const struct hashing *how,
-                       struct key *key) {
-  size_t length;
+/* What stands for itself, or raises. `what`, before messages: who gave it. */
+static void plain_check(lua_State *L, int index, int argument, const char *what, struct key *key) {
+  const struct key_userdata *other;
   int64_t n;
-  const char *name = lua_tolstring(L, index, &length);
-  if (how->namespace != NULL && !how->takes_namespace)
-    argument_error(L, argument + 1, /* the options: the defaults go together */
-                   lua_pushfstring(L, "hash '%s' takes no namespace", how->scheme));
-  if (!how->digest(name, length, how->namespace, how->namespace_length, &n))
-    luaL_error(L, "libcrypto could not hash the name");
-  set_big(key, n);
-}
-
-void key_check(lua_State *L, int index, int argument, const struct hashing *how,
-               struct key *key) {
-  struct key_userdata *other;
-  int64_t n;
-  if (lua_type(L, index) == LUA_TSTRING) {
-    name_check(L, index, argument, how, key);
-    return;
-  }
-  if (how->explicit_scheme || how->explicit_namespace)
-    argument_error(L, argument + 1, lua_pushfstring(L, "option '%s' is for names only",
-                                                    how->explicit_scheme ? "hash" : "namespace"));
   switch (exact_integer(L, index, &n)) {
   case EXACT:
     set_big(key, n);
     return;
   case NOT_EXACT:
-    argument_error(L, argument, "number has no exact representation as a 64-bit integer");
-    return;
+    argument_error(L, argument, lua_pushfstring(L, "%snumber has no exact representation as a 64-bit"
+                                                " integer", what));
+    return; /* not reached */
   case NOT_A_NUMBER:
     break;
   }
@@ -224,9 +119,131 @@ void key_check(lua_State *L, int index, int argument, const struct hashing *how,
   if (other != NULL)
     *key = other->key;
   else if (lua_type(L, index) == LUA_TTABLE)
-    pair_check(L, index, argument, key);
+    pair_check(L, index, argument, what, key);
   else
-    type_error(L, argument, "integer, pair of integers or string", index);
+    type_error(L, argument, lua_pushfstring(L, "%sinteger, pair of integers or %s", what,
+                                            *what ? "key" : "string"), index);
+}
+
+/* ---- names ------------------------------------------------------------------------------ */
+
+struct hashing key_defaults(lua_State *L) {
+  struct hashing how;
+  lua_getfield(L, LUA_REGISTRYINDEX, DEFAULTS);
+  how = *(struct hashing *)lua_touserdata(L, -1);
+  lua_pop(L, 1);
+  return how;
+}
+
+static void hash_option(lua_State *L, int index, int argument, struct hashing *how) {
+  how->explicit_scheme = true;
+  how->scheme = NULL;
+  if (lua_isfunction(L, index)) return;
+  if (lua_type(L, index) != LUA_TSTRING)
+    type_error(L, argument, "option 'hash': name of a scheme or function", index);
+  if (is_name(L, index)) how->scheme = scheme_find(lua_tostring(L, index));
+  if (how->scheme == NULL)
+    argument_error(L, argument, lua_pushfstring(L, "option 'hash': unknown scheme '%s'",
+                                                lua_tostring(L, index)));
+}
+
+static void namespace_option(lua_State *L, int index, int argument, struct hashing *how) {
+  struct space *space = &how->space;
+  memset(space, 0, sizeof *space);
+  how->explicit_space = true;
+  if (lua_type(L, index) == LUA_TSTRING) {
+    space->is = SPACE_TEXT;
+    space->text.text = lua_tolstring(L, index, &space->text.length);
+  } else if (exact_integer(L, index, &space->number) == EXACT) {
+    space->is = SPACE_NUMBER;
+  } else if (lua_istable(L, index) && lua_rawlen(L, index) > 0) {
+    space->is = SPACE_LIST;
+    for (int i = 1; i <= (int)lua_rawlen(L, index); i++) {
+      const char *one;
+      size_t length;
+      lua_rawgeti(L, index, i);
+      if (lua_type(L, -1) != LUA_TSTRING)
+        argument_error(L, argument, lua_pushfstring(L, "option 'namespace': list of strings expected,"
+                                                    " [%d] is %s", i, luaL_typename(L, -1)));
+      one = lua_tolstring(L, -1, &length);
+      space->number = space_seed(space->number, one, length);
+      lua_pop(L, 1);
+    }
+  } else {
+    type_error(L, argument, "option 'namespace': string, integer or list of strings", index);
+  }
+}
+
+bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how) {
+  if (strcmp(option, "hash") == 0)
+    hash_option(L, index, argument, how);
+  else if (strcmp(option, "namespace") == 0)
+    namespace_option(L, index, argument, how);
+  else
+    return false;
+  return true;
+}
+
+/* Raises if they do not go together. */
+static void adopt(lua_State *L, int argument, struct hashing *how) {
+  const char *takes = how->scheme != NULL ? scheme_adopt(how->scheme, &how->space) : NULL;
+  if (takes != NULL)
+    argument_error(L, argument, lua_pushfstring(L, "hash '%s' takes %s", how->scheme->name, takes));
+}
+
+/* What an option was given as: in the call's options at `index`, or else to setup. */
+static void push_option(lua_State *L, const char *option, bool is_explicit, int index) {
+  if (is_explicit) {
+    lua_pushvalue(L, index);
+  } else {
+    lua_getfield(L, LUA_REGISTRYINDEX, DEFAULTS);
+    push_environment(L, -1);
+    lua_replace(L, -2);
+  }
+  lua_pushstring(L, option);
+  lua_rawget(L, -2);
+  lua_replace(L, -2);
+}
+
+/* hash(name, namespace) */
+static void call_function(lua_State *L, int index, int argument, const struct hashing *how,
+                          struct key *key) {
+  int result = lua_gettop(L) + 1;
+  push_option(L, "hash", how->explicit_scheme, index + 1);
+  lua_pushvalue(L, index);
+  push_option(L, "namespace", how->explicit_space, index + 1);
+  lua_call(L, 2, 1);
+  plain_check(L, result, argument, "what the 'hash' function returned: ", key);
+  lua_pop(L, 1);
+}
+
+static void name_check(lua_State *L, int index, int argument, const struct hashing *given,
+                       struct key *key) {
+  struct hashing how = *given;
+  struct text name;
+  const char *wrong;
+  if (how.scheme == NULL) {
+    call_function(L, index, argument + 1, &how, key);
+    return;
+  }
+  adopt(L, argument + 1, &how); /* the options: the defaults go together */
+  name.text = lua_tolstring(L, index, &name.length);
+  wrong = how.scheme->make(&name, &how.space, key);
+  if (wrong != NULL)
+    argument_error(L, argument, lua_pushfstring(L, "hash '%s': %s", how.scheme->name, wrong));
+}
+
+/* ---- any of them ------------------------------------------------------------------------ */
+
+void key_check(lua_State *L, int index, int argument, const struct hashing *how,
+               struct key *key) {
+  if (lua_type(L, index) == LUA_TSTRING)
+    name_check(L, index, argument, how, key);
+  else if (how->explicit_scheme || how->explicit_space)
+    argument_error(L, argument + 1, lua_pushfstring(L, "option '%s' is for names only",
+                                                    how->explicit_scheme ? "hash" : "namespace"));
+  else
+    plain_check(L, index, argument, "", key);
 }
 
 /* ---- showing keys ---------------------------------------------------------------------- */
@@ -318,20 +335,54 @@ static int key_tostring(lua_State *L) {
   return 1;
 }
 
+/* A number past 2^53 is in LuaJIT a 64-bit integer of its ffi, or a string of digits without that. */
+static void push_integer(lua_State *L, int64_t n) {
+#if LUA_VERSION_NUM >= 503
+  lua_pushinteger(L, n);
+#else
+  if (n >= -(INT64_C(1) << 53) && n <= INT64_C(1) << 53) {
+    lua_pushnumber(L, (double)n);
+    return;
+  }
+  lua_getfield(L, LUA_REGISTRYINDEX, INT64);
+  if (lua_isnil(L, -1)) {
+    char digits[32];
+    snprintf(digits, sizeof digits, "%lld", (long long)n);
+    lua_pushstring(L, digits);
+    return;
+  }
+  lua_pushnumber(L, (int32_t)((uint64_t)n >> 32));
+  lua_pushnumber(L, (uint32_t)n);
+  lua_call(L, 2, 1);
+#endif
+}
+
+/* What a call would take for the same key. */
+static void push_value(lua_State *L, const struct key *key) {
+  if (key->objsubid == 1) {
+    push_integer(L, key_number(key));
+    return;
+  }
+  lua_createtable(L, 2, 0);
+  lua_pushinteger(L, (int32_t)key->classid);
+  lua_rawseti(L, -2, 1);
+  lua_pushinteger(L, (int32_t)key->objid);
+  lua_rawseti(L, -2, 2);
+}
+
 static int key_index(lua_State *L) {
   const struct key *key = self(L, 1);
   const char *field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   if (strcmp(field, "classid") == 0)
-    lua_pushnumber(L, key->classid);
+    push_integer(L, key->classid);
   else if (strcmp(field, "objid") == 0)
-    lua_pushnumber(L, key->objid);
+    push_integer(L, key->objid);
   else if (strcmp(field, "objsubid") == 0)
-    lua_pushnumber(L, key->objsubid);
+    push_integer(L, key->objsubid);
+  else if (strcmp(field, "value") == 0)
+    push_value(L, key);
   else
     return 0;
-#if LUA_VERSION_NUM >= 503
-  lua_pushinteger(L, (lua_Integer)lua_tonumber(L, -1));
-#endif
   return 1;
 }
 
@@ -359,21 +410,19 @@ static int make_key(lua_State *L) {
 static int set_defaults(lua_State *L) {
   struct hashing how = {0}, *defaults;
   lua_settop(L, 1);
-  find_scheme("sha256", &how);
+  how.scheme = scheme_default();
   options_check(L, 1, 1, &how);
-  how.explicit_scheme = how.explicit_namespace = false;
-  if (how.namespace != NULL && !how.takes_namespace)
-    argument_error(L, 1, lua_pushfstring(L, "hash '%s' takes no namespace", how.scheme));
+  adopt(L, 1, &how);
+  how.explicit_scheme = how.explicit_space = false;
   defaults = new_userdata(L, sizeof *defaults);
   *defaults = how;
-  lua_newtable(L); /* keeps the namespace alive */
-  lua_pushvalue(L, 1);
-  lua_rawseti(L, -2, 1);
-  if (how.namespace != NULL) {
-    lua_pushlstring(L, how.namespace, how.namespace_length);
-    defaults->namespace = lua_tostring(L, -1);
-    lua_rawseti(L, -2, 1);
-  }
+  lua_newtable(L); /* keeps a copy of the options, and the namespace alive */
+  if (lua_istable(L, 1))
+    for (lua_pushnil(L); lua_next(L, 1);) {
+      lua_pushvalue(L, -2);
+      lua_insert(L, -2);
+      lua_rawset(L, -4);
+    }
   set_environment(L, -2);
   lua_setfield(L, LUA_REGISTRYINDEX, DEFAULTS);
   return 0;
@@ -393,6 +442,13 @@ void key_open(lua_State *L) {
   lua_pop(L, 1);
   lua_getglobal(L, "tostring");
   lua_setfield(L, LUA_REGISTRYINDEX, TOSTRING);
+#if LUA_VERSION_NUM < 503
+  if (luaL_dostring(L, "local int64 = require 'ffi'.typeof 'int64_t'\n"
+                       "return function(high, low) return int64(high) * 2^32 + low end") == 0)
+    lua_setfield(L, LUA_REGISTRYINDEX, INT64);
+  else
+    lua_pop(L, 1);
+#endif
   lua_pushcfunction(L, set_defaults);
   lua_call(L, 0, 0);
 }

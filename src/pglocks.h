@@ -7,7 +7,7 @@
  *   holding     a (key, mode) that the session holds or is about to; counts the locks on it
  *               (holding.c)
  *   lock        a userdata, one for every acquire (lock.c); connection (connection.c), too
- *   key         what PostgreSQL locks (key.c)
+ *   key         what PostgreSQL locks (key.c); a scheme makes it of a name (scheme.c, digest.c)
  *
  * Two rules keep locks true. Everything an operation needs from Lua is allocated before
  * anything is sent; and no Lua function is called while a PGresult is in a C variable. */
@@ -35,7 +35,19 @@
 
 #define NAME_IN_MESSAGE 160 /* bytes of a name that a message or a comment shows, with the NUL */
 
-/* ---- key.c ---------------------------------------------------------------------------- */
+/* ---- digest.c ------------------------------------------------------------------------- */
+
+uint32_t digest_fnv1_32(const char *bytes, size_t length);
+uint64_t digest_fnv1_64(const char *bytes, size_t length);
+uint64_t digest_fnv1a_64(const char *bytes, size_t length);
+/* hashtextextended(text, seed); its low half is hashtext(text) where the seed is 0. */
+uint64_t digest_postgres(const char *bytes, size_t length, int64_t seed);
+/* BLAKE2b with a digest of eight bytes, little-endian. */
+uint64_t digest_blake2b(const char *bytes, size_t length);
+/* String.hashCode of a text in UTF-8, that follows the text of which *hash is. False: no UTF-8. */
+bool digest_java(const char *bytes, size_t length, uint32_t *hash);
+
+/* ---- scheme.c ------------------------------------------------------------------------- */
 
 /* As pg_locks shows it: objsubid 1 is a 64-bit key (classid its high half), 2 a pair. */
 struct key {
@@ -43,19 +55,43 @@ struct key {
   uint8_t objsubid;
 };
 
-typedef bool digest_function(const char *name, size_t length, const char *namespace,
-                             size_t namespace_length, int64_t *key);
-
-struct hashing {
-  const char *scheme;      /* its name, for messages */
-  digest_function *digest; /* false: libcrypto failed */
-  bool takes_namespace;
-  const char *namespace; /* NULL: none */
-  size_t namespace_length;
-  bool explicit_scheme, explicit_namespace; /* given in the call, not by setup */
+struct text {
+  const char *text; /* with a NUL behind it, and perhaps in it */
+  size_t length;
 };
 
-/* Reads the key at `index`, the user's argument `argument`, or raises. */
+/* A namespace as it was given: a list of strings is a number, by space_seed. */
+struct space {
+  enum { SPACE_NONE, SPACE_TEXT, SPACE_NUMBER, SPACE_LIST } is;
+  struct text text;
+  int64_t number; /* 0 where there is none */
+};
+
+struct scheme {
+  const char *name;
+  enum { TAKES_NONE, TAKES_TEXT, TAKES_TEXTS, TAKES_INT32, TAKES_INT64 } takes;
+  /* NULL, or what is wrong. The space has been adopted. */
+  const char *(*make)(const struct text *name, const struct space *space, struct key *key);
+};
+
+const struct scheme *scheme_default(void);
+const struct scheme *scheme_find(const char *name); /* NULL: there is none of that name */
+/* Makes a namespace one of the scheme. NULL, or what the scheme takes instead. */
+const char *scheme_adopt(const struct scheme *scheme, struct space *space);
+/* What `namespace` makes of the seed that the one before it has made; of the first, 0. */
+int64_t space_seed(int64_t seed, const char *namespace, size_t length);
+
+/* ---- key.c ---------------------------------------------------------------------------- */
+
+/* How a call turns a name into a key. */
+struct hashing {
+  const struct scheme *scheme; /* NULL: a function of the user's, in the options or the defaults */
+  struct space space;
+  bool explicit_scheme, explicit_space; /* given in the call, not by setup */
+};
+
+/* Reads the key at `index`, the user's argument `argument`, or raises. The options are behind it:
+ * a user's own function is called. */
 void key_check(lua_State *L, int index, int argument, const struct hashing *how, struct key *key);
 /* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
 bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);
