@@ -88,6 +88,23 @@ describe("types.lua", function()
     assert.same(registered, listed)
   end)
 
+  it("names the schemes of the core, and no other, and so does the README", function()
+    local registered, listed, read_me = {}, {}, { "sha256" }
+    for name in assert(read "src/scheme.c":match "schemes%[%] = {(.-)\n};"):gmatch '{"([^"]+)", TAKES' do
+      registered[#registered + 1] = name
+    end
+    for name in assert(read(TYPES):match "@alias pglocks.hash\n(.-)\n\n"):gmatch '%-%-%-| "([^"]+)"' do
+      listed[#listed + 1] = name
+    end
+    for name in assert(read "README.md":match "| system | `hash` |(.-)\n\n"):gmatch '\n| [^|]*| `"([^"]+)"` |' do
+      read_me[#read_me + 1] = name
+    end
+    for _, names in ipairs { registered, listed, read_me } do table.sort(names) end
+    assert.is_true(#registered > 20)
+    assert.same(registered, listed)
+    assert.same(registered, read_me)
+  end)
+
   it("has the fields of connections, locks and keys", function()
     local fields = {}
     local class

@@ -128,9 +128,9 @@ static void blake_compress(uint64_t h[8], const unsigned char *block, uint64_t t
   if (last) v[14] = ~v[14];
   for (int round = 0; round < BLAKE_ROUNDS; round++) {
     const unsigned char *o = order[round % 10];
-    for (int i = 0; i < 4; i++) /* columns */
+    for (size_t i = 0; i < 4; i++) /* columns */
       blake_mix(&v[i], &v[i + 4], &v[i + 8], &v[i + 12], m[o[2 * i]], m[o[2 * i + 1]]);
-    for (int i = 0; i < 4; i++) /* diagonals */
+    for (size_t i = 0; i < 4; i++) /* diagonals */
       blake_mix(&v[i], &v[(i + 1) % 4 + 4], &v[(i + 2) % 4 + 8], &v[(i + 3) % 4 + 12],
                 m[o[2 * i + 8]], m[o[2 * i + 9]]);
   }

@@ -18,7 +18,7 @@ struct part {
 };
 
 #define WHOLE(name) ((struct part){(name)->text, (name)->length})
-#define LITERAL(string) ((struct part){string, sizeof string - 1})
+#define LITERAL(string) ((struct part){string, sizeof(string) - 1})
 
 /* ---- numbers ---------------------------------------------------------------------------- */
 

@@ -37,13 +37,44 @@
 ---@field classid integer  as pg_locks shows it: the high half of a 64-bit key, the first of a pair
 ---@field objid integer  the low half, or the second of a pair
 ---@field objsubid 1|2  1: a 64-bit key, 2: a pair
+---@field value integer|integer[]|ffi.cdata*|string  what a call takes for the same key; past 2^53 LuaJIT has
+--- it as int64_t, and without ffi as a string of digits
 
 --- An integer of 64 bits, a pair of integers of 32 bits, a name of any bytes, or a key object.
 ---@alias pglocks.locked integer|integer[]|string|pglocks.key
 
+--- How a name becomes a key: as in another system, or by a function, which must always return the same.
+---@alias pglocks.hash
+---| "sha256"               # the default
+---| "atlas"                # Go
+---| "distributedlock"      # .NET: DistributedLock.Postgres, with allowHashing
+---| "django-pglock"        # Python
+---| "django-pglocks"       # Python
+---| "flyway"               # Java; namespace: the schema, name: the table
+---| "fnv1a64"
+---| "golang-migrate"       # Go; name: schema, table and database, joined by NUL
+---| "good_job"             # Ruby; namespace: the table, name: the id
+---| "goose"                # Go; name: "goose"
+---| "hashtext"             # SQL: hashtext(name)
+---| "hashtextextended"     # SQL: hashtextextended(name, seed); namespace: the seed
+---| "heroku-pg_lock"       # Ruby
+---| "laravel"              # PHP: laravel-database-advisory-lock
+---| "npm-advisory-lock"    # Node
+---| "npm-pg-advisory-lock" # Node: 2.0; namespace: one, or a list
+---| "pals"                 # Python; namespace: app_name
+---| "py-postgresql-lock"   # Python
+---| "rails"                # Ruby; name: the database
+---| "river"                # Go; namespace: AdvisoryLockPrefix, 32 bits
+---| "sqlalchemy-dlock"     # Python
+---| "sqlx"                 # Rust: PgAdvisoryLock::new
+---| "sqlx-migrate"         # Rust; name: the database
+---| "symfony"              # PHP
+---| "with_advisory_lock"   # Ruby; namespace: WITH_ADVISORY_LOCK_PREFIX
+---| fun(name: string, namespace?: string|integer|string[]): pglocks.locked
+
 ---@class pglocks.hashing
----@field hash? "sha256"|"django-pglocks"  how a name becomes a key; for names only
----@field namespace? string  goes into the hash; for names only, and with "sha256"
+---@field hash? pglocks.hash  for names only
+---@field namespace? string|integer|string[]  goes into the hash; for names only. With "sha256" a string
 
 ---@class pglocks.options: pglocks.hashing
 ---@field shared? boolean  many may hold it at once, but none together with an exclusive holder
