@@ -99,7 +99,7 @@ describe("types.lua", function()
     for name in assert(read "README.md":match "| system | `hash` |(.-)\n\n"):gmatch '\n| [^|]*| `"([^"]+)"` |' do
       read_me[#read_me + 1] = name
     end
-    for _, names in ipairs { registered, listed, read_me } do table.sort(names) end
+    for _, list in ipairs { registered, listed, read_me } do table.sort(list) end
     assert.is_true(#registered > 20)
     assert.same(registered, listed)
     assert.same(registered, read_me)

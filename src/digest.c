@@ -61,7 +61,7 @@ static void mix_last(uint32_t state[3]) {
 }
 
 static void add(uint32_t state[3], const unsigned char *block) {
-  for (int i = 0; i < 3; i++) state[i] += little_endian_32(block + 4 * i);
+  for (size_t i = 0; i < 3; i++) state[i] += little_endian_32(block + 4 * i);
 }
 
 uint64_t digest_postgres(const char *bytes, size_t length, int64_t seed) {
@@ -123,7 +123,7 @@ static void blake_compress(uint64_t h[8], const unsigned char *block, uint64_t t
   uint64_t v[16], m[16];
   for (int i = 0; i < 8; i++) v[i] = h[i];
   for (int i = 0; i < 8; i++) v[i + 8] = blake_iv[i];
-  for (int i = 0; i < 16; i++) m[i] = little_endian_64(block + 8 * i);
+  for (size_t i = 0; i < 16; i++) m[i] = little_endian_64(block + 8 * i);
   v[12] ^= total;
   if (last) v[14] = ~v[14];
   for (int round = 0; round < BLAKE_ROUNDS; round++) {
