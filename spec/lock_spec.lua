@@ -336,7 +336,7 @@ describe("the options of a lock", function()
       ["option 'shared': boolean expected, got string"] = { shared = "true" },
       ["option 'comment': string or boolean expected, got number"] = { comment = 1 },
       ["option 'hash': unknown scheme 'md5'"] = { hash = "md5" },
-      ["option 'namespace': string expected, got table"] = { namespace = {} },
+      ["option 'namespace': string, integer or list of strings expected, got table"] = { namespace = {} },
       ["option 'namespace' is for names only"] = { namespace = "app" },
       ["option 'hash' is for names only"] = { hash = "sha256" },
       ["table of options expected, got number"] = 5,

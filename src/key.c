@@ -335,7 +335,22 @@ static int key_tostring(lua_State *L) {
   return 1;
 }
 
-/* A number past 2^53 is in LuaJIT a 64-bit integer of its ffi, or a string of digits without that. */
+#if LUA_VERSION_NUM < 503
+/* A function that makes LuaJIT's 64-bit integer of two halves, loaded when first needed; or false. */
+static void push_int64(lua_State *L) {
+  lua_getfield(L, LUA_REGISTRYINDEX, INT64);
+  if (!lua_isnil(L, -1)) return;
+  lua_pop(L, 1);
+  if (luaL_dostring(L, "local int64 = require 'ffi'.typeof 'int64_t'\n"
+                       "return function(high, low) return int64(high) * 2^32 + low end") != 0) {
+    lua_pop(L, 1);
+    lua_pushboolean(L, false);
+  }
+  lua_pushvalue(L, -1);
+  lua_setfield(L, LUA_REGISTRYINDEX, INT64);
+}
+#endif
+
 static void push_integer(lua_State *L, int64_t n) {
 #if LUA_VERSION_NUM >= 503
   lua_pushinteger(L, n);
@@ -344,16 +359,16 @@ static void push_integer(lua_State *L, int64_t n) {
     lua_pushnumber(L, (double)n);
     return;
   }
-  lua_getfield(L, LUA_REGISTRYINDEX, INT64);
-  if (lua_isnil(L, -1)) {
-    char digits[32];
+  push_int64(L);
+  if (lua_toboolean(L, -1)) {
+    lua_pushnumber(L, (int32_t)((uint64_t)n >> 32));
+    lua_pushnumber(L, (uint32_t)n);
+    lua_call(L, 2, 1);
+  } else {
+    char digits[24];
     snprintf(digits, sizeof digits, "%lld", (long long)n);
     lua_pushstring(L, digits);
-    return;
   }
-  lua_pushnumber(L, (int32_t)((uint64_t)n >> 32));
-  lua_pushnumber(L, (uint32_t)n);
-  lua_call(L, 2, 1);
 #endif
 }
 
@@ -442,13 +457,6 @@ void key_open(lua_State *L) {
   lua_pop(L, 1);
   lua_getglobal(L, "tostring");
   lua_setfield(L, LUA_REGISTRYINDEX, TOSTRING);
-#if LUA_VERSION_NUM < 503
-  if (luaL_dostring(L, "local int64 = require 'ffi'.typeof 'int64_t'\n"
-                       "return function(high, low) return int64(high) * 2^32 + low end") == 0)
-    lua_setfield(L, LUA_REGISTRYINDEX, INT64);
-  else
-    lua_pop(L, 1);
-#endif
   lua_pushcfunction(L, set_defaults);
   lua_call(L, 0, 0);
 }
