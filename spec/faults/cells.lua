@@ -66,7 +66,7 @@ return {
       "survives __gc of its connection", "in whatever order they are collected" },
     { "userdata of others do no harm", "makes no other userdata one of ours" },
     { "no leak without memory", "an allocation that fails" },
-    { "keys are exact", "becomes the number of the published vectors" },
+    { "keys are exact", "names have the keys of", "a thousand names have the keys", "keeps all digits of" },
     { "no password in any message", "is in no error, whatever is wrong", "is in no line of the server's log" },
     { "nothing on stderr, and no warning in the log", "prints nothing on stdout or stderr",
       "the server logs no warning" },
