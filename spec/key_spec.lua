@@ -204,6 +204,7 @@ describe("a name as a key", function()
   end)
 
   it("is refused with a hash that does not exist", function()
+    assert_raises("option 'hash': unknown scheme 'sha256'", make, "a", { hash = "sha256\0" })
     for _, scheme in ipairs { "", "SHA256", "md5", "crc32" } do
       assert_raises(("bad argument #2 to 'key' (option 'hash': unknown scheme '%s')"):format(scheme),
         make, "a", { hash = scheme })

@@ -89,6 +89,8 @@ describe("names have the keys", function()
     { "DistributedLock's pairs", "distributedlock", "00000003,FFFFFFFF", "(3, -1)" },
     { "DistributedLock's numbers", "distributedlock", "0000000000000001", "1" },
     { "DistributedLock's numbers", "distributedlock", "FFFFFFFFffffffff", "-1" },
+    { "DistributedLock's numbers", "distributedlock", "0123456789abcdef", "81985529216486895" },
+    { "DistributedLock's numbers", "distributedlock", "0123456789ABCDEF", "81985529216486895" },
     { "sqlx's documentation", "sqlx", "my first Postgres advisory lock!", "-5560419505042474287" },
     { "goose", "goose", "goose", "4097083626" },
     { "golang-migrate's default", "golang-migrate", "public\0schema_migrations\0postgres", "143310882" },
@@ -189,7 +191,7 @@ describe("a scheme", function()
     assert_raises("bad argument #1 to 'key' (hash 'goose': the one lock of goose has the name 'goose')",
       make, "app", { hash = "goose" })
     for _, name in ipairs { "\255", "a\128", "\192\128", "\224\159\191", "\237\160\128", "\244\144\128\128",
-      "\240\143\191\191", "\248\136\128\128\128", "\226\130", "\194" } do
+      "\240\143\191\191", "\248\136\128\128\128", "\252\128\128\128", "\226\130", "\194" } do
       assert_raises("bad argument #1 to 'key' (hash 'flyway': the name must be UTF-8 here)",
         make, name, { hash = "flyway" })
     end
