@@ -7,8 +7,9 @@
  *
  * Three oracles. What libpq tells the client is recorded where it is told, and a lock that the client
  * calls held must have been granted by a complete answer, and not been given up since. One that it
- * says not to have got must have been denied by such an answer. And where the server is `honest`, doing only what PostgreSQL does, the client must in the end know of
- * exactly the locks that the server has. */
+ * says not to have got must have been denied by such an answer. And where the server is `honest`,
+ * doing only what PostgreSQL does, the client must in the end know of exactly the locks that the
+ * server has. */
 #include "harness.h"
 
 #include <errno.h>
