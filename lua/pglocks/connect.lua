@@ -215,10 +215,8 @@ local function is_transient(err)
   return core.is_transient(err.message)
 end
 
--- A host that answers with anything else would not be mended by another one.
-local function try_next_host(err)
-  return err.sqlstate == nil or is_transient(err) or err.code == "standby"
-end
+-- What a server refuses for good, another host would refuse as well.
+local function try_next_host(err) return err.sqlstate == nil or is_transient(err) end
 
 local function handshake(conn, options, time_left)
   local idle = "0"
