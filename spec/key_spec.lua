@@ -13,12 +13,7 @@ local function setup(...) pglocks.setup(...) end
 --- A number as LuaJIT alone can write it ("42LL"); the text is no Lua for others.
 local function cdata(text) return load("return " .. text)() end
 
-local raised = support.raised
-
-local function assert_raises(expected, ...)
-  local message = tostring(raised(...))
-  assert.is_truthy(message:find(expected, 1, true), ("%q expected in %q"):format(expected, message))
-end
+local assert_raises = support.assert_raises
 
 local function hex(bytes)
   return (bytes:gsub(".", function(c) return ("%02x"):format(c:byte()) end))

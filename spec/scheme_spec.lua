@@ -4,17 +4,12 @@
 local pglocks = require "pglocks"
 local support = require "spec.support"
 
-local key = pglocks.key
+local key, assert_raises = pglocks.key, support.assert_raises
 
 --- Calls of these have a name in messages, which what pcall calls itself has not.
 local function make(...)
   local made = key(...)
   return made
-end
-
-local function assert_raises(expected, ...)
-  local message = tostring(support.raised(...))
-  assert.is_truthy(message:find(expected, 1, true), ("%q expected in %q"):format(expected, message))
 end
 
 local NAMES = { "", "some lock", "invoice 42", "naïve-日本", ("x"):rep(1000) }

@@ -185,6 +185,14 @@ function support.raised(...)
   return err
 end
 
+--- A call must raise something that says this.
+function support.assert_raises(expected, ...)
+  local message = tostring(support.raised(...))
+  if not message:find(expected, 1, true) then
+    error(("%q expected in %q"):format(expected, message), 2)
+  end
+end
+
 --- The error object that a call raises, whose code must be this.
 function support.assert_code(code, ...)
   local err = support.raised(...)
