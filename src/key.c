@@ -336,21 +336,24 @@ static int key_tostring(lua_State *L) {
 }
 
 #if LUA_VERSION_NUM < 503
-/* A function that makes LuaJIT's 64-bit integer of two halves, loaded when first needed; or false. */
+/* A function that makes LuaJIT's 64-bit integer of two halves, loaded when first needed; or false.
+ * Unprotected: an error is one of memory, or Ctrl-C, and no sign that there is no ffi. */
 static void push_int64(lua_State *L) {
+  static const char chunk[] =
+      "if not (package.loaded.ffi or package.preload.ffi) then return false end\n"
+      "local int64 = require 'ffi'.typeof 'int64_t'\n"
+      "return function(high, low) return int64(high) * 2^32 + low end";
   lua_getfield(L, LUA_REGISTRYINDEX, INT64);
   if (!lua_isnil(L, -1)) return;
   lua_pop(L, 1);
-  if (luaL_dostring(L, "local int64 = require 'ffi'.typeof 'int64_t'\n"
-                       "return function(high, low) return int64(high) * 2^32 + low end") != 0) {
-    lua_pop(L, 1);
-    lua_pushboolean(L, false);
-  }
+  if (luaL_loadstring(L, chunk) != 0) lua_error(L);
+  lua_call(L, 0, 1);
   lua_pushvalue(L, -1);
   lua_setfield(L, LUA_REGISTRYINDEX, INT64);
 }
 #endif
 
+/* A number past 2^53 is an int64_t of LuaJIT's ffi, and without that a string of digits. */
 static void push_integer(lua_State *L, int64_t n) {
 #if LUA_VERSION_NUM >= 503
   lua_pushinteger(L, n);

@@ -5,6 +5,9 @@ local alloc, conninfo, malloc_fails = ...
 -- LuaJIT tells libgcc of each trace that it compiles, and libgcc crashes without memory for that.
 if malloc_fails and rawget(_G, "jit") then require "jit".off() end
 
+-- LuaJIT itself does not survive a failure in loading this, which key.value does when it needs it.
+if rawget(_G, "jit") then require "ffi" end
+
 local pglocks = require "pglocks"
 local core = require "pglocks.core"
 
@@ -147,6 +150,15 @@ step("lock by name, with a timeout", nothing, function(c) return c:lock("name", 
 step("lock with a comment", nothing, function(c) return c:lock("name", { comment = "why" }) end)
 
 step("shared lock on a pair", nothing, function(c) return c:lock({ 7, -42 }, { shared = true }) end)
+
+step("lock by a scheme of one's own", nothing, function(c)
+  return c:lock("name", { namespace = { "a", "b" }, hash = function(name) return { #name, 42 } end })
+end)
+
+-- A lack of memory is not one of ffi.
+step("value of a key", lock_held, function(_, lock)
+  if type(lock.key.value) == "string" then error "a string of digits" end
+end)
 
 step("nested lock", lock_held, function(c) return c:lock "held" end)
 
