@@ -36,6 +36,14 @@ local function functions(table_of)
   return list
 end
 
+--- What the pattern finds in a text, sorted, with others that are `there` already.
+local function matches(text, pattern, there)
+  local list = there or {}
+  for match in assert(text):gmatch(pattern) do list[#list + 1] = match end
+  table.sort(list)
+  return list
+end
+
 local TYPES = "lua/pglocks/types.lua"
 
 describe("types.lua", function()
@@ -75,34 +83,17 @@ describe("types.lua", function()
   it("is Lua that every runtime can parse", function() assert(loadfile(TYPES)) end)
 
   it("names the codes of the core, and no other", function()
-    local registered, listed = {}, {}
-    for name in assert(read "src/module.c":match "} codes%[%] = {(.-)\n};"):gmatch '{[A-Z_]+, "([a-z_]+)"' do
-      registered[#registered + 1] = name
-    end
-    for name in assert(read(TYPES):match "@alias pglocks.code\n(.-)\n\n"):gmatch '%-%-%-| "([a-z_]+)"' do
-      listed[#listed + 1] = name
-    end
-    table.sort(registered)
-    table.sort(listed)
+    local registered = matches(read "src/module.c":match "} codes%[%] = {(.-)\n};", '{[A-Z_]+, "([a-z_]+)"')
     assert.is_true(#registered > 10)
-    assert.same(registered, listed)
+    assert.same(registered, matches(read(TYPES):match "@alias pglocks.code\n(.-)\n\n", '%-%-%-| "([a-z_]+)"'))
   end)
 
   it("names the schemes of the core, and no other, and so does the README", function()
-    local registered, listed, read_me = {}, {}, { "sha256" }
-    for name in assert(read "src/scheme.c":match "schemes%[%] = {(.-)\n};"):gmatch '{"([^"]+)", TAKES' do
-      registered[#registered + 1] = name
-    end
-    for name in assert(read(TYPES):match "@alias pglocks.hash\n(.-)\n\n"):gmatch '%-%-%-| "([^"]+)"' do
-      listed[#listed + 1] = name
-    end
-    for name in assert(read "README.md":match "| system | `hash` |(.-)\n\n"):gmatch '\n| [^|]*| `"([^"]+)"` |' do
-      read_me[#read_me + 1] = name
-    end
-    for _, list in ipairs { registered, listed, read_me } do table.sort(list) end
+    local registered = matches(read "src/scheme.c":match "schemes%[%] = {(.-)\n};", '{"([^"]+)", TAKES')
     assert.is_true(#registered > 20)
-    assert.same(registered, listed)
-    assert.same(registered, read_me)
+    assert.same(registered, matches(read(TYPES):match "@alias pglocks.hash\n(.-)\n\n", '%-%-%-| "([^"]+)"'))
+    assert.same(registered, matches(read "README.md":match "| system | `hash` |(.-)\n\n",
+      '\n| [^|]*| `"([^"]+)"` |', { "sha256" }))
   end)
 
   it("has the fields of connections, locks and keys", function()
@@ -129,27 +120,17 @@ end)
 
 describe("the description of a connection in types.lua", function()
   it("has the options that connect.lua knows", function()
-    local known, listed = { "conninfo" }, {}
     local options = assert(read "lua/pglocks/connect.lua":match "\nlocal OPTIONS = {\n(.-)\n}\n")
-    for line in options:gmatch "[^\n]+" do known[#known + 1] = line:match "^  ([%w_]+) = " end
-    local class = assert(read(TYPES):match "@class pglocks.description\n(.-)\n\n")
-    for option in class:gmatch "%-%-%-@field ([%w_]+)" do listed[#listed + 1] = option end
-    table.sort(known)
-    table.sort(listed)
-    assert.same(known, listed)
+    assert.same(matches("\n" .. options, "\n  ([%w_]+) = ", { "conninfo" }),
+      matches(read(TYPES):match "@class pglocks.description\n(.-)\n\n", "%-%-%-@field ([%w_]+)"))
   end)
 end)
 
 describe("a scheduler in types.lua", function()
   it("has the functions that scheduled.lua demands, and an optional spawn", function()
-    local demanded, listed = { "spawn?" }, {}
-    local registered = assert(read "lua/pglocks/scheduled.lua":match "\nlocal FUNCTIONS = { (.-) }\n")
-    for name in registered:gmatch '"([a-z]+)"' do demanded[#demanded + 1] = name end
-    local class = assert(read(TYPES):match "@class pglocks.scheduler\n(.-)\n\n")
-    for name in class:gmatch "%-%-%-@field ([%w_]+%??) fun%(" do listed[#listed + 1] = name end
-    table.sort(demanded)
-    table.sort(listed)
-    assert.same(demanded, listed)
+    assert.same(
+      matches(read "lua/pglocks/scheduled.lua":match "\nlocal FUNCTIONS = { (.-) }\n", '"([a-z]+)"', { "spawn?" }),
+      matches(read(TYPES):match "@class pglocks.scheduler\n(.-)\n\n", "%-%-%-@field ([%w_]+%??) fun%("))
   end)
 end)
 
