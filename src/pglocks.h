@@ -90,8 +90,8 @@ struct hashing {
   bool explicit_scheme, explicit_space; /* given in the call, not by setup */
 };
 
-/* Reads the key at `index`, the user's argument `argument`, or raises. The options are behind it:
- * a user's own function is called. */
+/* Reads the key at `index`, the user's argument `argument`, or raises. A `hash` that is a function,
+ * in the options at `index` + 1 or in the defaults, is called. */
 void key_check(lua_State *L, int index, int argument, const struct hashing *how, struct key *key);
 /* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
 bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);

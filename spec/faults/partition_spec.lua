@@ -23,10 +23,10 @@ local RESET = 0.5 -- when, after it began to refuse packets
 
 -- ---- the experiment ---------------------------------------------------------------------
 
-local BOTH_WAYS = { "to_server", "to_client" }
--- Both are to be seen, and one experiment for each runtime takes long enough.
+-- With and without TLS: one experiment for each runtime takes long enough.
 local TLS = support.is_jit and " sslmode=require" or ""
 
+local BOTH_WAYS = { "to_server", "to_client" }
 local PHASES = { "connecting", "handshake", "waiting", "granted", "holding", "watched", "releasing",
   "idle", "module" }
 
