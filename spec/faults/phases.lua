@@ -72,9 +72,15 @@ function phases.waiting(waiter, holder, key, options, query)
 end
 
 --- The release of a lock has been sent, and the backend is stopped, so that it has not read it.
---- The function that is returned lets it go on.
-function phases.releasing(conn, lock)
+--- The function that is returned lets it go on. `query`: on another server than that of the specs.
+function phases.releasing(conn, lock, query)
   local pid = conn.backend_pid
+  -- Its last answer is here, but it may not have returned from sending that: there it would not say
+  -- why it ends.
+  support.wait_until("backend " .. pid .. " to be idle", function()
+    return #(query or support.observe)(
+      "SELECT 1 FROM pg_stat_activity WHERE pid = $1 AND wait_event = 'ClientRead'", pid) > 0
+  end)
   support.signal("STOP", pid)
   support.core.start.release(lock)
   return function() support.shell("kill -s CONT " .. pid) end -- it may have been killed

@@ -192,7 +192,7 @@ describe("a server that stops when all have left, or reads its configuration ane
   it_happens("row 13b, releasing: it is released", function(happen)
     local conn = connect(own)
     local lock = conn:lock "x"
-    local go_on = phases.releasing(conn, lock)
+    local go_on = phases.releasing(conn, lock, function(...) return own:query(...) end)
     happen()
     go_on()
     assert.is_true(support.complete(conn))
