@@ -65,6 +65,22 @@ local function under(name, loop)
       conn:close()
     end)
 
+    test("takes many keys at once", function()
+      local conn, other = connect(), connect()
+      local busy = other:lock(3)
+      assert.same({ nil, "busy" }, { conn:try_lock_all { 1, 2, 3 } })
+      local waited
+      loop.spawn(function() waited = conn:lock_all({ 1, 2, 3 }, { timeout = 20 }) end)
+      wait_in(loop, "the wait", function() return support.is_waiting(conn.backend_pid) end)
+      busy:release()
+      wait_in(loop, "the locks", function() return waited end)
+      assert.is_true(waited:check())
+      assert.is_true(waited:release())
+      assert.equal(2, conn:with_lock_all({ 1, 2 }, function(lock) return #lock.keys end))
+      assert.is_true(conn:ping())
+      assert.same({}, pg_locks(conn.backend_pid))
+    end)
+
     test("runs queries and transactions", function()
       local conn = connect()
       assert.same({ { n = 7 } }, conn:query("SELECT $1::int AS n", 7))
@@ -432,6 +448,22 @@ local function under(name, loop)
       for _, row in ipairs(pg_locks()) do pids[row.pid] = true end
       return pids
     end
+
+    test("of many keys are one owner's", function()
+      local entered = 0
+      for _ = 1, 2 do -- and so one of the pool's three is left
+        loop.spawn(function()
+          for _ = 1, 5 do
+            pglocks.with_lock_all({ "x", "y", 42 }, { timeout = 20 }, function()
+              entered = entered + 1
+              assert.same({ nil, "busy" }, { pglocks.try_lock_all { "y" } })
+            end)
+          end
+        end)
+      end
+      wait_in(loop, "all", function() return entered == 10 and next(holders()) == nil end)
+      support.assert_raises("keys[2]", pglocks.lock_all, { 1, true })
+    end)
 
     test("exclude coroutines from each other", function()
       local inside, most, entered = 0, 0, 0

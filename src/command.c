@@ -7,11 +7,12 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 #define NO_STATEMENT (-1)
-#define SQL_SIZE 1536 /* room for any of ours, with a comment */
+#define SQL_SIZE 3072 /* room for any of ours, with a comment */
 
-enum { INT4_OID = 23, INT8_OID = 20, TEXT_OID = 25 };
+enum { INT8_OID = 20, INT4_OID = 23, TEXT_OID = 25, INT8_ARRAY_OID = 1016 };
 
 struct statement {
   const char *name, *sql;
@@ -28,6 +29,41 @@ struct statement {
     name "_shared_44", LOCK_SQL(f "_shared", "$1,$2")                                            \
   }
 
+/* ---- many keys: $1 an array, $2 how many of them are 64-bit keys; the rest are pairs */
+
+#define KEYS "pg_catalog.unnest($1) WITH ORDINALITY k(key,i)"
+#define PAIR_HIGH "(k.key OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
+#define PAIR_LOW                                                                                 \
+  "((k.key OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
+#define ON_EACH(f)                                                                               \
+  "CASE WHEN k.i OPERATOR(pg_catalog.<=) $2 THEN pg_catalog." f "(k.key)"                        \
+  " ELSE pg_catalog." f "(" PAIR_HIGH "," PAIR_LOW ") END"
+/* 't' and 'f', one for each key. */
+#define MARKS(cases)                                                                             \
+  "SELECT pg_catalog.string_agg(CASE " cases " THEN 't' ELSE 'f' END,''"                         \
+  " ORDER BY k.i) FROM " KEYS
+/* lock_timeout counts anew for every key, so each that has to wait gets what remains of $3. */
+#define REMAINING                                                                                \
+  "GREATEST(1,pg_catalog.ceil($3::pg_catalog.float8 OPERATOR(pg_catalog.-)"                      \
+  " (pg_catalog.date_part('epoch',pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"           \
+  " pg_catalog.statement_timestamp()) OPERATOR(pg_catalog.*) 1000)))"                            \
+  "::pg_catalog.int8::pg_catalog.text"
+#define LOCK_ALL_SQL(mode)                                                                       \
+  "SELECT pg_catalog.count(" ON_EACH("pg_advisory_lock" mode) ")"                                \
+  " OPERATOR(pg_catalog.>=) 0 FROM " KEYS
+#define TIMED_ALL_SQL(mode)                                                                      \
+  "SELECT pg_catalog.count(CASE WHEN NOT " ON_EACH("pg_try_advisory_lock" mode)                  \
+  " THEN CASE WHEN pg_catalog.set_config('lock_timeout'," REMAINING ",true) IS NOT NULL"         \
+  " THEN " ON_EACH("pg_advisory_lock" mode) " END END) OPERATOR(pg_catalog.>=) 0 FROM " KEYS
+/* Stops at the first that is busy, and lets those before it go. */
+#define TRY_ALL_SQL(mode)                                                                        \
+  "SELECT CASE WHEN busy.i IS NULL THEN true ELSE (SELECT"                                       \
+  " pg_catalog.count(" ON_EACH("pg_advisory_unlock" mode) ") FROM " KEYS                         \
+  " WHERE k.i OPERATOR(pg_catalog.<) busy.i) IS NULL END"                                        \
+  " FROM (SELECT (SELECT k.i FROM " KEYS " WHERE NOT " ON_EACH("pg_try_advisory_lock" mode)      \
+  " LIMIT 1) OFFSET 0) busy(i)"
+#define UNLOCK_ALL_SQL(mode) MARKS("WHEN " ON_EACH("pg_advisory_unlock" mode))
+
 /* Everything is qualified: a role that may create functions must not hijack a lock. */
 static const struct statement statements[STATEMENTS] = {
     VERB_STATEMENTS("pglocks_lock", "pg_advisory_lock"),
@@ -37,38 +73,34 @@ static const struct statement statements[STATEMENTS] = {
     {"pglocks_timed_shared_44", TIMED_SQL("pg_advisory_lock_shared", "$1,$2", "$3")},
     VERB_STATEMENTS("pglocks_try", "pg_try_advisory_lock"),
     VERB_STATEMENTS("pglocks_unlock", "pg_advisory_unlock"),
+    {"pglocks_lock_all", LOCK_ALL_SQL("")},
+    {"pglocks_lock_all_shared", LOCK_ALL_SQL("_shared")},
+    {"pglocks_timed_all", TIMED_ALL_SQL("")},
+    {"pglocks_timed_all_shared", TIMED_ALL_SQL("_shared")},
+    {"pglocks_try_all", TRY_ALL_SQL("")},
+    {"pglocks_try_all_shared", TRY_ALL_SQL("_shared")},
+    {"pglocks_unlock_all", UNLOCK_ALL_SQL("")},
+    {"pglocks_unlock_all_shared", UNLOCK_ALL_SQL("_shared")},
 };
 
-/* The guard looks for the lock in pg_locks before it unlocks: unlocking what is not held would
+/* The guard looks for the locks in pg_locks before it unlocks: unlocking what is not held would
  * write a warning to the server's log at every ordinary timeout. */
-#define OWN_LOCK(mode, objsubid)                                                                 \
-  "EXISTS (SELECT 1 FROM pg_catalog.pg_locks l"                                                  \
-  " WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"                              \
+#define UINT32(n) "((" n " OPERATOR(pg_catalog.&) 4294967295)::pg_catalog.oid)"
+#define GUARD_SQL(held, mode)                                                                    \
+  MARKS("WHEN l.pid IS NULL THEN 'f' WHEN " held)                                                \
+  " LEFT JOIN pg_catalog.pg_locks l"                                                             \
+  " ON l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"                                 \
   " AND l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.granted"                              \
   " AND l.mode OPERATOR(pg_catalog.=) '" mode "'"                                                \
-  " AND l.classid OPERATOR(pg_catalog.=) $1 AND l.objid OPERATOR(pg_catalog.=) $2"               \
-  " AND l.objsubid OPERATOR(pg_catalog.=) " objsubid ")"
-/* A 64-bit key is put together from its halves, so that both kinds have the same parameters. */
-#define OID_KEY                                                                                  \
-  "((($1::pg_catalog.int8) OPERATOR(pg_catalog.<<) 32)"                                          \
-  " OPERATOR(pg_catalog.|) ($2::pg_catalog.int8))"
-#define OID_INT4(n)                                                                              \
-  "((($" n "::pg_catalog.int8) OPERATOR(pg_catalog.<<) 32)"                                      \
-  " OPERATOR(pg_catalog.>>) 32)::pg_catalog.int4"
-#define GUARDS(mode, f)                                                                          \
-  {                                                                                              \
-    {"SELECT CASE WHEN " OWN_LOCK(mode, "1") " THEN true END",                                   \
-     "SELECT CASE WHEN " OWN_LOCK(mode, "2") " THEN true END"},                                  \
-    {                                                                                            \
-      "SELECT CASE WHEN " OWN_LOCK(mode, "1") " THEN pg_catalog." f "(" OID_KEY ") END",         \
-          "SELECT CASE WHEN " OWN_LOCK(mode, "2") " THEN pg_catalog." f "(" OID_INT4("1") ","    \
-              OID_INT4("2") ") END"                                                              \
-    }                                                                                            \
-  }
+  " AND l.classid OPERATOR(pg_catalog.=) " UINT32("(k.key OPERATOR(pg_catalog.>>) 32)")          \
+  " AND l.objid OPERATOR(pg_catalog.=) " UINT32("k.key")                                         \
+  " AND l.objsubid OPERATOR(pg_catalog.=) CASE WHEN k.i OPERATOR(pg_catalog.<=) $2"              \
+  " THEN 1 ELSE 2 END"
 
-static const char *const guards[2][2][2] = {/* shared, guard, pair */
-                                            GUARDS("ExclusiveLock", "pg_advisory_unlock"),
-                                            GUARDS("ShareLock", "pg_advisory_unlock_shared")};
+static const char *const guards[2][2] = {
+    /* shared, guard */
+    {GUARD_SQL("true", "ExclusiveLock"), GUARD_SQL(ON_EACH("pg_advisory_unlock"), "ExclusiveLock")},
+    {GUARD_SQL("true", "ShareLock"), GUARD_SQL(ON_EACH("pg_advisory_unlock_shared"), "ShareLock")}};
 
 /* ---- sending --------------------------------------------------------------------------- */
 
@@ -78,7 +110,7 @@ static void command_recycle(struct session *s, struct command *c) {
 }
 
 /* Queues a command whose messages are being written; command_end sends it. */
-static struct command *command_begin(struct session *s, struct holding *holding) {
+static struct command *command_begin(struct session *s) {
   struct command *c;
   if (s->pg == NULL) { /* lost since the operation was begun */
     if (s->op.kind != NULL && !s->op.done)
@@ -96,7 +128,6 @@ static struct command *command_begin(struct session *s, struct holding *holding)
   c->answer.failed = false;
   c->answer.value = NO_VALUE;
   c->answer.failure.code = NO_ERROR;
-  c->holding = holding;
   c->statement = NO_STATEMENT;
   return c;
 }
@@ -110,10 +141,8 @@ static void command_end(struct session *s, struct command *c, bool written) {
   s->written = true;
   *s->newest = c;
   s->newest = &c->next;
-  if (c->holding != NULL)
-    c->holding->releasing++;
-  else if (!c->abandoned)
-    s->op.unanswered++;
+  for (struct holding *h = c->leaving.first; h != NULL; h = h->after[LEAVING]) h->releasing++;
+  if (c->leaving.count == 0 && !c->abandoned) s->op.unanswered++;
 }
 
 static bool send_sql(struct session *s, const char *sql) {
@@ -131,11 +160,73 @@ static bool send_after(struct session *s) {
                                 send_sql(s, "RELEASE SAVEPOINT pglocks"));
 }
 
-static void put_uint32(char *to, uint32_t n) {
+static char *put_uint32(char *to, uint32_t n) {
   to[0] = (char)(n >> 24);
   to[1] = (char)(n >> 16);
   to[2] = (char)(n >> 8);
   to[3] = (char)n;
+  return to + 4;
+}
+
+bool command_reserve(struct session *s, size_t count) {
+  int needed = (int)PACKED_SIZE(count) * 2, has = 0;
+  socklen_t length = sizeof has;
+  char *larger;
+  if (count <= s->packed_for) return true;
+  larger = malloc(PACKED_SIZE(count));
+  if (larger == NULL) return false;
+  if (s->packed != s->first_packed) free(s->packed);
+  s->packed = larger;
+  s->packed_for = count;
+  if (getsockopt(PQsocket(s->pg), SOL_SOCKET, SO_SNDBUF, &has, &length) == 0 && has < needed)
+    setsockopt(PQsocket(s->pg), SOL_SOCKET, SO_SNDBUF, &needed, sizeof needed);
+  return true;
+}
+
+/* An array in binary form: one dimension, no NULLs, of int8, so many, the first being number 1. */
+static void pack(struct session *s, const struct chain *chain) {
+  char *to = put_uint32(put_uint32(put_uint32(s->packed, 1), 0), INT8_OID);
+  to = put_uint32(put_uint32(to, (uint32_t)chain->count), 1);
+  for (const struct holding *h = chain->first; h != NULL; h = h->after[chain->kind])
+    to = put_uint32(put_uint32(put_uint32(to, 8), h->key.classid), h->key.objid);
+}
+
+struct parameters {
+  int n;
+  Oid types[3];
+  const char *values[3];
+  int lengths[3], formats[3];
+  char bytes[8]; /* what small values point to */
+};
+
+static void add_binary(struct parameters *p, Oid type, const char *value, size_t length) {
+  p->types[p->n] = type;
+  p->values[p->n] = value;
+  p->lengths[p->n] = (int)length;
+  p->formats[p->n++] = 1;
+}
+
+static void add_text(struct parameters *p, const char *value) {
+  p->types[p->n] = TEXT_OID;
+  p->values[p->n] = value;
+  p->formats[p->n++] = 0;
+}
+
+static void add_key(struct parameters *p, const struct key *key) {
+  put_uint32(put_uint32(p->bytes, key->classid), key->objid);
+  if (key->objsubid == 1)
+    add_binary(p, INT8_OID, p->bytes, 8);
+  else {
+    add_binary(p, INT4_OID, p->bytes, 4);
+    add_binary(p, INT4_OID, p->bytes + 4, 4);
+  }
+}
+
+static void add_keys(struct parameters *p, struct session *s, const struct chain *chain) {
+  pack(s, chain);
+  put_uint32(p->bytes, (uint32_t)(chain->count - chain->pairs));
+  add_binary(p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(chain->count));
+  add_binary(p, INT4_OID, p->bytes, 4);
 }
 
 /* Behind a pooler another session may answer, and hold locks of others: there a statement acts only
@@ -148,71 +239,70 @@ static const char *in_own_session(const struct session *s, const char *sql, char
   return buffer;
 }
 
-void command_statement(struct session *s, enum verb verb, const struct key *key, bool shared,
-                       const char *milliseconds, const char *comment, struct holding *holding) {
-  bool pair = key->objsubid == 2;
-  int id = (int)verb * 4 + shared * 2 + pair;
-  int n = 1 + pair;
-  bool written = true, prepared = comment == NULL && !s->pooled;
-  char binary[8], sql[SQL_SIZE], own[SQL_SIZE];
-  const char *values[3] = {binary, binary + 4, NULL};
-  Oid types[3] = {INT4_OID, INT4_OID, TEXT_OID};
-  int lengths[3] = {4, 4, 0}, formats[3] = {1, 1, 0};
-  struct command *c = command_begin(s, holding);
+static struct command *command_about(struct session *s, const struct chain *chain) {
+  struct command *c = command_begin(s);
+  if (c != NULL && chain->kind == LEAVING) c->leaving = *chain;
+  return c;
+}
+
+void command_statement(struct session *s, enum verb verb, const struct chain *chain,
+                       const char *milliseconds, const char *comment) {
+  const struct holding *h = chain->first;
+  bool many = chain->count > 1, prepared = comment == NULL && !s->pooled, written = true;
+  int id = many ? MANY + (int)verb * 2 + h->shared
+                : (int)verb * 4 + h->shared * 2 + (h->key.objsubid == 2);
+  const char *name = statements[id].name;
+  struct parameters p;
+  struct command *c = command_about(s, chain);
   if (c == NULL) return;
-  put_uint32(binary, key->classid);
-  put_uint32(binary + 4, key->objid);
-  if (!pair) {
-    types[0] = INT8_OID;
-    lengths[0] = 8;
-  }
-  if (milliseconds != NULL) {
-    types[n] = TEXT_OID;
-    values[n] = milliseconds;
-    formats[n] = 0;
-    n++;
-  }
+  c->marks = verb == VERB_UNLOCK;
+  p.n = 0;
+  if (many)
+    add_keys(&p, s, chain);
+  else
+    add_key(&p, &h->key);
+  if (milliseconds != NULL) add_text(&p, milliseconds);
   if (prepared) {
     c->statement = id;
     if (!(s->prepared & (1u << id))) {
-      written = PQsendPrepare(s->pg, statements[id].name, statements[id].sql, n, types);
+      written = PQsendPrepare(s->pg, name, statements[id].sql, p.n, p.types);
       s->prepared |= 1u << id;
       c->prepares = true;
     }
   }
   written = written && send_before(s);
   if (prepared)
-    written = written && PQsendQueryPrepared(s->pg, statements[id].name, n, values, lengths,
-                                             formats, 0);
+    written = written &&
+              PQsendQueryPrepared(s->pg, name, p.n, p.values, p.lengths, p.formats, 0);
   else { /* a comment is of one call: such a statement is not worth preparing */
+    char sql[SQL_SIZE], own[SQL_SIZE];
     int length = snprintf(sql, sizeof sql, "%s%s", comment != NULL ? comment : "",
                           in_own_session(s, statements[id].sql, own));
     written = written && length > 0 && (size_t)length < sizeof sql &&
-              PQsendQueryParams(s->pg, sql, n, types, values, lengths, formats, 0);
+              PQsendQueryParams(s->pg, sql, p.n, p.types, p.values, p.lengths, p.formats, 0);
   }
   command_end(s, c, written && send_after(s));
 }
 
-void command_guard(struct session *s, enum guard guard, const struct key *key, bool shared,
-                   struct holding *settles) {
-  static const Oid types[2] = {26, 26}; /* oid: what pg_locks has */
-  char binary[8], own[SQL_SIZE];
-  const char *sql, *values[2] = {binary, binary + 4};
-  const int lengths[2] = {4, 4}, formats[2] = {1, 1};
-  struct command *c = command_begin(s, settles);
+void command_guard(struct session *s, enum guard guard, const struct chain *chain) {
+  char own[SQL_SIZE];
+  const char *sql;
   bool written;
+  struct parameters p;
+  struct command *c = command_about(s, chain);
   if (c == NULL) return;
-  c->settles = true;
-  put_uint32(binary, key->classid);
-  put_uint32(binary + 4, key->objid);
-  sql = in_own_session(s, guards[shared][guard][key->objsubid == 2], own);
+  c->settles = c->marks = true;
+  p.n = 0;
+  add_keys(&p, s, chain);
+  sql = in_own_session(s, guards[chain->first->shared][guard], own);
   written = send_before(s) &&
-            PQsendQueryParams(s->pg, sql, 2, types, values, lengths, formats, 0) && send_after(s);
+            PQsendQueryParams(s->pg, sql, p.n, p.types, p.values, p.lengths, p.formats, 0) &&
+            send_after(s);
   command_end(s, c, written);
 }
 
 void command_simple(struct session *s, const char *first, const char *second) {
-  struct command *c = command_begin(s, NULL);
+  struct command *c = command_begin(s);
   if (c == NULL) return;
   command_end(s, c, send_sql(s, first) && (second == NULL || send_sql(s, second)));
 }
@@ -227,7 +317,7 @@ void command_unlock_all(struct session *s) {
 }
 
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values) {
-  struct command *c = command_begin(s, NULL);
+  struct command *c = command_begin(s);
   if (c == NULL) return;
   c->keep_result = true;
   command_end(s, c,
@@ -235,19 +325,19 @@ void command_query(struct session *s, const char *sql, int nparams, const char *
 }
 
 void command_sync(struct session *s) {
-  struct command *c = command_begin(s, NULL);
+  struct command *c = command_begin(s);
   if (c != NULL) command_end(s, c, true);
 }
 
 void command_nothing(struct session *s) {
-  struct command *c = command_begin(s, NULL);
+  struct command *c = command_begin(s);
   if (c == NULL) return;
   c->abandoned = true;
   command_end(s, c, true);
 }
 
 void command_rollback(struct session *s) {
-  struct command *c = command_begin(s, NULL);
+  struct command *c = command_begin(s);
   if (c == NULL) return;
   c->abandoned = c->vital = true;
   command_end(s, c, send_sql(s, "ROLLBACK"));
@@ -295,28 +385,49 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
   }
 }
 
+/* Hands a 't' or 'f' to each holding of the command. */
+static enum value note_marks(struct session *s, const struct command *c, const char *marks,
+                             int length) {
+  const struct chain *chain = c->leaving.count > 0 ? &c->leaving : &s->op.asked;
+  int found = 0;
+  if (c->abandoned || length != chain->count) return VALUE_OTHER;
+  for (struct holding *h = chain->first; h != NULL; h = h->after[chain->kind])
+    found += h->found[chain->kind] = *marks++ == 't';
+  return found == 0 ? VALUE_FALSE : found == length ? VALUE_TRUE : VALUE_SOME;
+}
+
 /* False: another session answered than the one that the command was meant for. */
 static bool note_value(struct session *s, struct command *c, const PGresult *result) {
+  const char *value;
+  int length;
   if (s->pooled && !c->keep_result && PQnfields(result) == 2 && PQntuples(result) == 1 &&
       *PQgetvalue(result, 0, 1) != 't')
     return false;
   if (PQntuples(result) < 1 || PQnfields(result) < 1) return true;
+  value = PQgetvalue(result, 0, 0);
+  length = PQgetlength(result, 0, 0);
   if (PQgetisnull(result, 0, 0))
     c->answer.value = VALUE_NULL;
-  else if (PQgetlength(result, 0, 0) == 1)
-    c->answer.value = *PQgetvalue(result, 0, 0) == 't' ? VALUE_TRUE : VALUE_FALSE;
+  else if (c->marks)
+    c->answer.value = note_marks(s, c, value, length);
+  else if (length == 1)
+    c->answer.value = *value == 't' ? VALUE_TRUE : VALUE_FALSE;
   else
     c->answer.value = VALUE_OTHER;
   return true;
+}
+
+static void command_lands(const struct command *c) {
+  for (struct holding *h = c->leaving.first; h != NULL; h = h->after[LEAVING]) h->releasing--;
 }
 
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
   s->oldest = c->next;
   if (s->oldest == NULL) s->newest = &s->oldest;
-  if (c->holding != NULL) {
-    c->holding->releasing--;
-    holding_answered(s, c);
+  if (c->leaving.count > 0) {
+    command_lands(c);
+    holdings_answered(s, c);
   } else if (!c->abandoned && s->op.kind != NULL) {
     s->op.unanswered--;
     s->op.answer = c->answer;
@@ -414,7 +525,7 @@ void commands_drop(struct session *s) {
   while (s->oldest != NULL) {
     struct command *c = s->oldest;
     s->oldest = c->next;
-    if (c->holding != NULL) c->holding->releasing--;
+    command_lands(c);
     command_recycle(s, c);
   }
   s->newest = &s->oldest;

@@ -75,7 +75,7 @@ void holding_lost(struct session *s, struct holding *h) {
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h) {
   struct holding **at;
-  if (h->count > 0 || h->releasing > 0 || h->doubtful || s->op.holding == h) return;
+  if (h->count > 0 || h->releasing > 0 || h->doubtful || h->asked) return;
   at = holding_find(s, &h->key, h->shared);
   *at = h->next;
   h->next = s->spare_holdings;
@@ -94,24 +94,50 @@ void holding_trust(struct session *s, struct holding *h) {
   if (--s->doubtful == 0) s->settle_rounds = 0;
 }
 
-void holding_answered(struct session *s, const struct command *command) {
-  struct holding *h = command->holding;
-  const struct answer *answer = &command->answer;
-  bool answers = answer->value == VALUE_TRUE || answer->value == VALUE_FALSE ||
-                 (command->settles && answer->value == VALUE_NULL);
-  if (answer->failed || !answers) {
-    if (answer->failed && !command->settles && failure_never_ran(&answer->failure))
-      h->untouched = true;
-    holding_doubt(s, h);
-    acquire_step_aside(s);
-  } else {
-    if (answer->value != VALUE_TRUE && (!command->settles || h->untouched)) {
-      failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
-      s->release_key = h->key;
-    }
-    holding_trust(s, h);
+void chain_add(struct chain *chain, struct holding *h) {
+  if (chain->last == NULL)
+    chain->first = h;
+  else
+    chain->last->after[chain->kind] = h;
+  chain->last = h;
+  h->after[chain->kind] = NULL;
+  chain->count++;
+  chain->pairs += h->key.objsubid == 2;
+  if (chain->kind == ASKED) h->asked = true;
+}
+
+void holdings_unask(struct session *s) {
+  struct holding *h = s->op.asked.first, *after;
+  s->op.asked = (struct chain){.kind = ASKED};
+  for (; h != NULL; h = after) {
+    after = h->after[ASKED];
+    h->asked = false;
+    holding_put(s, h);
   }
-  holding_put(s, h);
+}
+
+void holdings_answered(struct session *s, const struct command *command) {
+  const struct answer *answer = &command->answer;
+  bool failed = answer->failed || (answer->value != VALUE_TRUE && answer->value != VALUE_SOME &&
+                                   answer->value != VALUE_FALSE);
+  bool untouched = answer->failed && !command->settles && failure_never_ran(&answer->failure);
+  struct holding *h, *after;
+  for (h = command->leaving.first; h != NULL; h = h->after[LEAVING])
+    if (failed) {
+      h->untouched = h->untouched || untouched;
+      holding_doubt(s, h);
+    } else {
+      if (!h->found[LEAVING] && (!command->settles || h->untouched)) {
+        failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
+        s->release_key = h->key;
+      }
+      holding_trust(s, h);
+    }
+  if (failed) acquire_step_aside(s);
+  for (h = command->leaving.first; h != NULL; h = after) {
+    after = h->after[LEAVING];
+    holding_put(s, h);
+  }
 }
 
 bool holdings_any(const struct session *s) {
@@ -121,15 +147,23 @@ bool holdings_any(const struct session *s) {
   return false;
 }
 
+/* Of one kind of key and mode, as many as there is room for. False: there was none. */
+static bool settle_some(struct session *s, int objsubid, bool shared) {
+  struct chain chain = {.kind = LEAVING};
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->doubtful && h->releasing == 0 && h->key.objsubid == objsubid && h->shared == shared &&
+          (size_t)chain.count < s->packed_for)
+        chain_add(&chain, h);
+  if (chain.count > 0) command_guard(s, GUARD_UNLOCK, &chain);
+  return chain.count > 0;
+}
+
 void holdings_settle(struct session *s) {
   bool sent = false;
   if (s->doubtful == 0 || s->transaction_failed) return;
-  for (size_t i = 0; i < s->bucket_count; i++)
-    for (struct holding *h = s->buckets[i]; h != NULL && s->pg != NULL; h = h->next)
-      if (h->doubtful && h->releasing == 0) {
-        command_guard(s, GUARD_UNLOCK, &h->key, h->shared, h);
-        sent = true;
-      }
+  for (int kind = 0; kind < 4; kind++)
+    while (s->pg != NULL && settle_some(s, 1 + kind / 2, kind % 2)) sent = true;
   if (sent && s->settle_rounds++ > CANCELLED_AT_MOST)
     session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
 }

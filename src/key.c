@@ -78,21 +78,36 @@ static bool has_two_values(lua_State *L, int index) {
   return n == 2 && lua_rawlen(L, index) == 2;
 }
 
-static void pair_check(lua_State *L, int index, int argument, const char *what, struct key *key) {
+/* Where a key came from, for messages. */
+struct source {
+  int argument, element; /* of a list; 0: it is none */
+  bool hashed;           /* returned by a function of the user's */
+};
+
+/* What stands before a message; pushes it. */
+static const char *said(lua_State *L, const struct source *from) {
+  const char *what = from->hashed ? "what the 'hash' function returned: " : "";
+  return from->element > 0 ? lua_pushfstring(L, "keys[%d]: %s", from->element, what) : what;
+}
+
+static void pair_check(lua_State *L, int index, const struct source *from, struct key *key) {
   int64_t n[2];
   if (!has_two_values(L, index))
-    argument_error(L, argument, lua_pushfstring(L, "%sa pair of 32-bit integers expected, got another"
-                                                " table", what));
+    argument_error(L, from->argument,
+                   lua_pushfstring(L, "%sa pair of 32-bit integers expected, got another table",
+                                   said(L, from)));
   for (int i = 0; i < 2; i++) {
     enum number is;
     lua_rawgeti(L, index, i + 1);
     is = exact_integer(L, lua_gettop(L), &n[i]);
-    if (is != EXACT || n[i] < INT32_MIN || n[i] > INT32_MAX)
-      argument_error(L, argument,
-                     lua_pushfstring(L, "%sa pair of 32-bit integers expected, [%d] is %s", what,
-                                     i + 1, is == NOT_A_NUMBER ? luaL_typename(L, -1)
-                                     : is == NOT_EXACT  ? "no exact integer"
-                                                        : "out of range"));
+    if (is != EXACT || n[i] < INT32_MIN || n[i] > INT32_MAX) {
+      const char *wrong = is == NOT_A_NUMBER ? luaL_typename(L, -1)
+                          : is == NOT_EXACT  ? "no exact integer"
+                                             : "out of range";
+      argument_error(L, from->argument,
+                     lua_pushfstring(L, "%sa pair of 32-bit integers expected, [%d] is %s",
+                                     said(L, from), i + 1, wrong));
+    }
     lua_pop(L, 1);
   }
   key->classid = (uint32_t)n[0];
@@ -100,8 +115,8 @@ static void pair_check(lua_State *L, int index, int argument, const char *what, 
   key->objsubid = 2;
 }
 
-/* What stands for itself, or raises. `what`, before messages: who gave it. */
-static void plain_check(lua_State *L, int index, int argument, const char *what, struct key *key) {
+/* What stands for itself, or raises. */
+static void plain_check(lua_State *L, int index, const struct source *from, struct key *key) {
   const struct key_userdata *other;
   int64_t n;
   switch (exact_integer(L, index, &n)) {
@@ -109,8 +124,9 @@ static void plain_check(lua_State *L, int index, int argument, const char *what,
     set_big(key, n);
     return;
   case NOT_EXACT:
-    argument_error(L, argument, lua_pushfstring(L, "%snumber has no exact representation as a 64-bit"
-                                                " integer", what));
+    argument_error(L, from->argument,
+                   lua_pushfstring(L, "%snumber has no exact representation as a 64-bit integer",
+                                   said(L, from)));
     return; /* not reached */
   case NOT_A_NUMBER:
     break;
@@ -119,10 +135,11 @@ static void plain_check(lua_State *L, int index, int argument, const char *what,
   if (other != NULL)
     *key = other->key;
   else if (lua_type(L, index) == LUA_TTABLE)
-    pair_check(L, index, argument, what, key);
+    pair_check(L, index, from, key);
   else
-    type_error(L, argument, lua_pushfstring(L, "%sinteger, pair of integers or %s", what,
-                                            *what ? "key" : "string"), index);
+    type_error(L, from->argument,
+               lua_pushfstring(L, "%sinteger, pair of integers or %s", said(L, from),
+                               from->hashed ? "key" : "string"), index);
 }
 
 /* ---- names ------------------------------------------------------------------------------ */
@@ -206,44 +223,47 @@ static void push_option(lua_State *L, const char *option, bool is_explicit, int 
 }
 
 /* hash(name, namespace) */
-static void call_function(lua_State *L, int index, int argument, const struct hashing *how,
-                          struct key *key) {
-  int result = lua_gettop(L) + 1;
-  push_option(L, "hash", how->explicit_scheme, index + 1);
+static void call_function(lua_State *L, int index, int options, const struct source *from,
+                          const struct hashing *how, struct key *key) {
+  struct source result = {from->argument + 1, from->element, true};
+  int top = lua_gettop(L);
+  push_option(L, "hash", how->explicit_scheme, options);
   lua_pushvalue(L, index);
-  push_option(L, "namespace", how->explicit_space, index + 1);
+  push_option(L, "namespace", how->explicit_space, options);
   lua_call(L, 2, 1);
-  plain_check(L, result, argument, "what the 'hash' function returned: ", key);
+  plain_check(L, top + 1, &result, key);
   lua_pop(L, 1);
 }
 
-static void name_check(lua_State *L, int index, int argument, const struct hashing *given,
-                       struct key *key) {
+static void name_check(lua_State *L, int index, int options, const struct source *from,
+                       const struct hashing *given, struct key *key) {
   struct hashing how = *given;
   struct text name;
   const char *wrong;
   if (how.scheme == NULL) {
-    call_function(L, index, argument + 1, &how, key);
+    call_function(L, index, options, from, &how, key);
     return;
   }
-  adopt(L, argument + 1, &how); /* the options: the defaults go together */
+  adopt(L, from->argument + 1, &how); /* the options: the defaults go together */
   name.text = lua_tolstring(L, index, &name.length);
   wrong = how.scheme->make(&name, &how.space, key);
   if (wrong != NULL)
-    argument_error(L, argument, lua_pushfstring(L, "hash '%s': %s", how.scheme->name, wrong));
+    argument_error(L, from->argument,
+                   lua_pushfstring(L, "%shash '%s': %s", said(L, from), how.scheme->name, wrong));
 }
 
 /* ---- any of them ------------------------------------------------------------------------ */
 
-void key_check(lua_State *L, int index, int argument, const struct hashing *how,
-               struct key *key) {
+void key_check(lua_State *L, int index, int options, int argument, int element,
+               const struct hashing *how, struct key *key) {
+  struct source from = {argument, element, false};
   if (lua_type(L, index) == LUA_TSTRING)
-    name_check(L, index, argument, how, key);
+    name_check(L, index, options, &from, how, key);
   else if (how->explicit_scheme || how->explicit_space)
     argument_error(L, argument + 1, lua_pushfstring(L, "option '%s' is for names only",
                                                     how->explicit_scheme ? "hash" : "namespace"));
   else
-    plain_check(L, index, argument, "", key);
+    plain_check(L, index, &from, key);
 }
 
 /* ---- showing keys ---------------------------------------------------------------------- */
@@ -286,8 +306,7 @@ bool key_equal(const struct key *a, const struct key *b) {
   return a->classid == b->classid && a->objid == b->objid && a->objsubid == b->objsubid;
 }
 
-/* 64-bit keys ascending, then pairs: the order in which many are locked. */
-static int key_compare(const struct key *a, const struct key *b) {
+int key_compare(const struct key *a, const struct key *b) {
   int64_t x = key_number(a), y = key_number(b);
   if (a->objsubid != b->objsubid) return a->objsubid < b->objsubid ? -1 : 1;
   if (a->objsubid == 2 && a->classid == b->classid) {
@@ -419,7 +438,7 @@ static int make_key(lua_State *L) {
   struct key key;
   lua_settop(L, 2);
   options_check(L, 2, 2, &how);
-  key_check(L, 1, 1, &how, &key);
+  key_check(L, 1, 2, 1, 0, &how, &key);
   key_push(L, &key);
   return 1;
 }

@@ -6,32 +6,43 @@
 #include "pglocks.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define MAGIC 0x70676c6cu
 #define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
+#define MOST_KEYS 1000000 /* more than any server can lock */
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 
 /* A lock in LOCK_HELD is held as long as its session is open and its holding of its generation. */
 enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
 
+struct member {
+  struct holding *holding;  /* while held, and afterwards no longer its own */
+  unsigned long generation; /* of the holding */
+  struct key key;
+  const char *name; /* as it was given, in the userdata too; NULL: it was none */
+  size_t name_length;
+};
+
 struct lock {
   uint32_t magic;
   enum lock_state state;
-  bool shared, acquired;
-  struct key key;
-  struct session *session;  /* NULL: collected */
-  struct holding *holding;  /* while held, and afterwards no longer its own */
-  unsigned long generation; /* of the holding */
-  double waited;            /* seconds */
-  size_t name_length;
-  bool has_name;
-  char name[];
+  bool shared, acquired, many; /* many: made by lock_all, be it of one key */
+  struct session *session;     /* NULL: collected */
+  double waited;               /* seconds */
+  size_t count;
+  struct member members[]; /* in the order of key_compare, each key once */
 };
 
+static bool member_lost(const struct member *m) {
+  return m->holding->generation != m->generation;
+}
+
 static enum lock_state lock_state(const struct lock *lock) {
-  bool lost = lock->state == LOCK_HELD && lock->holding->generation != lock->generation;
-  return lost ? LOCK_LOST : lock->state;
+  for (size_t i = 0; lock->state == LOCK_HELD && i < lock->count; i++)
+    if (member_lost(&lock->members[i])) return LOCK_LOST;
+  return lock->state;
 }
 
 /* ---- conn:locks() ---------------------------------------------------------------------- */
@@ -101,14 +112,18 @@ void holdings_push(lua_State *L, const struct session *s, bool any) {
   lua_settop(L, result);
 }
 
-static void lock_describe(const struct lock *lock, char key[NAME_IN_MESSAGE]) {
-  key_describe(&lock->key, lock->has_name ? lock->name : NULL, lock->name_length, key,
-               NAME_IN_MESSAGE);
+static void lock_describe(const struct lock *lock, char text[NAME_IN_MESSAGE]) {
+  const struct member *m = lock->members;
+  if (lock->many)
+    snprintf(text, NAME_IN_MESSAGE, "%zu key%s", lock->count, lock->count == 1 ? "" : "s");
+  else
+    key_describe(&m->key, m->name, m->name_length, text, NAME_IN_MESSAGE);
 }
 
 /* ---- the guard ------------------------------------------------------------------------- */
 
-/* Of acquire, release and check alike. MAIN is the statement itself; all else follows errors. */
+/* Of acquire, release and check alike, for the operation's chain of holdings. MAIN is the statement
+ * itself; all else follows errors. */
 enum state {
   MAIN,
   UNDO,  /* puts the user's transaction right, then goes on with op.resume */
@@ -117,11 +132,10 @@ enum state {
 };
 
 static void main_send(struct session *s);
-static void conclude(struct session *s, bool held);
+static void conclude(struct session *s);
 
 static void go(struct session *s, enum state state) {
   struct operation *op = &s->op;
-  struct holding *h = op->holding;
   op->state = (int)state;
   op->reply_by = state == MAIN ? INFINITY : monotonic_now() + s->reply_timeout;
   switch (state) {
@@ -132,10 +146,10 @@ static void go(struct session *s, enum state state) {
     command_simple(s, "ROLLBACK TO SAVEPOINT pglocks", "RELEASE SAVEPOINT pglocks");
     break;
   case GUARD:
-    command_guard(s, op->guard, &h->key, h->shared, NULL);
+    command_guard(s, op->guard, &op->asked);
     break;
   case SETTLE:
-    command_guard(s, GUARD_UNLOCK, &h->key, h->shared, NULL);
+    command_guard(s, GUARD_UNLOCK, &op->asked);
     break;
   }
 }
@@ -147,17 +161,24 @@ static void recover(struct session *s, enum state state) {
 }
 
 static void finished(struct session *s, enum code code, const char *message) {
-  struct holding *h = s->op.holding;
-  s->op.holding = NULL;
-  if (h != NULL) holding_put(s, h);
+  holdings_unask(s);
   operation_done(s, code, s->op.failure.sqlstate, "%s", message);
+}
+
+static void trust_asked(struct session *s) {
+  for (struct holding *h = s->op.asked.first; h != NULL; h = h->after[ASKED]) holding_trust(s, h);
+}
+
+static bool doubts_asked(const struct session *s) {
+  const struct holding *h = s->doubtful > 0 ? s->op.asked.first : NULL;
+  while (h != NULL && !h->doubtful) h = h->after[ASKED];
+  return h != NULL;
 }
 
 /* The guard's own answers. True: it is not MAIN that was answered. */
 static bool settling(struct session *s) {
   struct operation *op = &s->op;
-  struct holding *h = op->holding;
-  bool found = op->answer.value == VALUE_TRUE;
+  bool found = op->answer.value == VALUE_TRUE || op->answer.value == VALUE_SOME;
   if (op->state == MAIN) return false;
   if (op->answer.failed && op->answer.failure.code == INTERRUPTED &&
       op->rounds++ < CANCELLED_AT_MOST) {
@@ -168,23 +189,25 @@ static bool settling(struct session *s) {
   } else if (op->answer.failed && op->state == UNDO) {
     /* No savepoint to go back to: the transaction was aborted before the statement ran, and the
      * guard must wait for its end. */
-    if (h->count == 0) holding_doubt(s, h);
+    for (struct holding *h = op->asked.first; h != NULL; h = h->after[ASKED])
+      if (h->count == 0) holding_doubt(s, h);
     finished(s, ABORTED_TRANSACTION, op->answer.failure.message);
   } else if (op->answer.failed)
     session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
   else if (op->state == UNDO)
     go(s, (enum state)op->resume);
-  else if (op->answer.value == NO_VALUE)
+  else if (!found && op->answer.value != VALUE_FALSE)
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   else if (op->state == GUARD && op->guard == GUARD_LOOK)
-    conclude(s, found);
+    conclude(s);
   else if (found) /* unlocked once: look again */
     go(s, (enum state)op->state);
-  else if (op->state == GUARD)
-    conclude(s, false);
   else {
-    holding_trust(s, h);
-    go(s, MAIN);
+    trust_asked(s);
+    if (op->state == GUARD)
+      conclude(s);
+    else
+      go(s, MAIN);
   }
   return true;
 }
@@ -218,13 +241,13 @@ static void refused(struct session *s) {
   if (op->timeout > 0)
     snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s within %.7g s", key, op->timeout);
   else
-    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds it", key);
+    snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds %s", key,
+             lock->many ? "one of them" : "it");
   finished(s, TIMEOUT, op->failure.message);
 }
 
 static void acquire_send(struct session *s) {
   struct operation *op = &s->op;
-  struct holding *h = op->holding;
   enum verb verb = op->timeout < 0 ? VERB_LOCK : op->timeout > 0 ? VERB_LOCK_TIMED : VERB_TRY;
   char milliseconds[12];
   if (op->interrupted) { /* between two attempts */
@@ -237,8 +260,8 @@ static void acquire_send(struct session *s) {
     /* a whole number and at least 1: 0 would mean for ever */
     snprintf(milliseconds, sizeof milliseconds, "%.0f", fmax(1, ceil(left * 1000)));
   }
-  command_statement(s, verb, &h->key, h->shared, verb == VERB_LOCK_TIMED ? milliseconds : NULL,
-                    op->comment, NULL);
+  command_statement(s, verb, &op->asked, verb == VERB_LOCK_TIMED ? milliseconds : NULL,
+                    op->comment);
 }
 
 static void granted(struct session *s) {
@@ -249,13 +272,21 @@ static void granted(struct session *s) {
    * of life: only what we send ourselves, and nobody acknowledges, tells us so in time. */
   if (lock->waited > LONG_WAIT) command_nothing(s);
   if (op->done) return; /* lost */
-  op->holding->count++;
-  lock->holding = op->holding;
-  lock->generation = op->holding->generation;
+  for (size_t i = 0; i < lock->count; i++) {
+    struct member *m = &lock->members[i];
+    m->holding->count++;
+    m->generation = m->holding->generation;
+  }
   lock->state = LOCK_HELD;
   lock->acquired = true;
   op->failure.code = NO_ERROR;
   finished(s, NO_ERROR, "");
+}
+
+static bool is_answer(const struct operation *op) {
+  enum value value = op->answer.value;
+  if (op->timeout == 0) return value == VALUE_TRUE || value == VALUE_FALSE;
+  return value == (op->asked.count > 1 ? VALUE_TRUE : VALUE_OTHER);
 }
 
 static void acquire_advance(struct session *s) {
@@ -264,14 +295,13 @@ static void acquire_advance(struct session *s) {
   if (op->answer.failed) {
     op->failure = op->answer.failure;
     /* A release in doubt before us may have left the server counting 2: adopt no such lock. */
-    op->guard = op->failure.code == TIMEOUT && !op->interrupted && !op->holding->doubtful
+    op->guard = op->failure.code == TIMEOUT && !op->interrupted && !doubts_asked(s)
                     ? GUARD_LOOK
                     : GUARD_UNLOCK;
     recover(s, GUARD);
-  } else if (op->timeout == 0 ? op->answer.value != VALUE_TRUE && op->answer.value != VALUE_FALSE
-                              : op->answer.value != VALUE_OTHER) {
+  } else if (!is_answer(op)) {
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
-  } else if (op->holding->doubtful) {
+  } else if (doubts_asked(s)) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
     op->rounds++;
     go(s, SETTLE);
@@ -311,7 +341,7 @@ static int acquire_finish(lua_State *L, struct session *s) {
   operation_end(L, s);
   if (s->state == SESSION_LOST) { /* in the moment of the grant */
     connection_tell_loss(L, 1, s);
-    failure_push(L, &s->loss, &lock->key);
+    failure_push(L, &s->loss, lock->many ? NULL : &lock->members[0].key);
     return lua_error(L);
   }
   return 1;
@@ -376,7 +406,7 @@ static int check_arguments(lua_State *L) {
   lua_insert(L, 1);
   lua_settop(L, 4);
   options_check(L, &o);
-  key_check(L, 2, 1, &o.hashing, &key);
+  key_check(L, 2, 3, 1, 0, &o.hashing, &key);
   return 0;
 }
 
@@ -398,20 +428,90 @@ static const char *comment_push(lua_State *L, int text, const struct lock *lock)
   return lua_pushfstring(L, "/* pglocks %s at %s%s%s */ ", key, place, *extra ? ": " : "", extra);
 }
 
+/* The list of keys at 2: how many, and the bytes of its names. */
+static size_t list_check(lua_State *L, size_t *names_length) {
+  size_t count, found = 0;
+  if (!lua_istable(L, 2)) type_error(L, 1, "list of keys", 2);
+  count = lua_rawlen(L, 2);
+  for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
+    if (lua_type(L, -1) == LUA_TSTRING) *names_length += lua_rawlen(L, -1);
+    found++;
+  }
+  if (count == 0 || found != count)
+    argument_error(L, 1, found == 0 ? "at least one key expected, got an empty list"
+                                    : "list of keys expected, got another table");
+  if (count > MOST_KEYS) argument_error(L, 1, "at most 1000000 keys expected");
+  return count;
+}
+
+static int compare_members(const void *a, const void *b) {
+  return key_compare(&((const struct member *)a)->key, &((const struct member *)b)->key);
+}
+
+static void sort_members(struct lock *lock) {
+  size_t kept = 1;
+  qsort(lock->members, lock->count, sizeof *lock->members, compare_members);
+  for (size_t i = 1; i < lock->count; i++)
+    if (!key_equal(&lock->members[i].key, &lock->members[kept - 1].key))
+      lock->members[kept++] = lock->members[i];
+  lock->count = kept;
+}
+
+/* The key at `index`; a name is copied to `names`, where there is room for `room` bytes. */
+static size_t member_read(lua_State *L, int index, int element, const struct options *o,
+                          struct member *m, char *names, size_t room) {
+  m->holding = NULL;
+  m->name = NULL;
+  m->name_length = 0;
+  key_check(L, index, 3, 1, element, &o->hashing, &m->key);
+  if (lua_type(L, index) != LUA_TSTRING) return 0;
+  m->name = lua_tolstring(L, index, &m->name_length);
+  if (m->name_length > room) argument_error(L, 1, "the list of keys was changed meanwhile");
+  m->name = memcpy(names, m->name, m->name_length);
+  return m->name_length;
+}
+
+/* check_all(keys, options): raises what conn:lock_all would raise about them. */
+static int check_all_arguments(lua_State *L) {
+  struct options o;
+  struct key key;
+  size_t count, names_length = 0;
+  lua_settop(L, 2);
+  lua_pushnil(L);
+  lua_insert(L, 1);
+  lua_settop(L, 4);
+  options_check(L, &o);
+  count = list_check(L, &names_length);
+  for (size_t i = 1; i <= count; i++) {
+    lua_rawgeti(L, 2, (int)i);
+    key_check(L, 5, 3, 1, (int)i, &o.hashing, &key);
+    lua_pop(L, 1);
+  }
+  return 0;
+}
+
 /* The lock exists, closed, before anything is sent: nothing that Lua may refuse comes after. */
-static struct lock *lock_new(lua_State *L, struct session *s, const struct key *key,
-                             const struct options *o) {
-  size_t length = 0;
-  const char *name = lua_type(L, 2) == LUA_TSTRING ? lua_tolstring(L, 2, &length) : NULL;
-  struct lock *lock = new_userdata(L, sizeof *lock + length);
+static struct lock *lock_new(lua_State *L, struct session *s, bool many, const struct options *o) {
+  size_t names_length = !many && lua_type(L, 2) == LUA_TSTRING ? lua_rawlen(L, 2) : 0;
+  size_t count = many ? list_check(L, &names_length) : 1, used = 0;
+  struct lock *lock =
+      new_userdata(L, sizeof *lock + count * sizeof *lock->members + names_length);
+  char *names = (char *)&lock->members[count];
   memset(lock, 0, sizeof *lock);
   lock->magic = MAGIC;
   lock->state = LOCK_CLOSED;
-  lock->key = *key;
   lock->shared = o->shared;
-  lock->name_length = length;
-  lock->has_name = name != NULL;
-  if (name != NULL) memcpy(lock->name, name, length);
+  lock->many = many;
+  lock->count = count;
+  if (!many)
+    member_read(L, 2, 0, o, lock->members, names, names_length);
+  for (size_t i = 0; many && i < count; i++) {
+    lua_rawgeti(L, 2, (int)i + 1);
+    used += member_read(L, lua_gettop(L), (int)i + 1, o, &lock->members[i], names + used,
+                        names_length - used);
+    lua_pop(L, 1);
+  }
+  if (many) sort_members(lock);
   luaL_setmetatable(L, LOCK_TYPE);
   push_environment(L, 1);
   set_environment(L, -2);
@@ -420,75 +520,118 @@ static struct lock *lock_new(lua_State *L, struct session *s, const struct key *
   return lock;
 }
 
-/* Connection, key, options. The server enforces the timeout; the client's deadline behind it is
- * for a server that does not answer. */
-static struct session *acquire_begin(lua_State *L, enum demand demand) {
+/* What the lock is to hold. False: no memory. */
+static bool find_holdings(struct session *s, struct lock *lock) {
+  for (size_t i = 0; i < lock->count; i++) {
+    struct member *m = &lock->members[i];
+    struct holding *h = m->holding = holding_get(s, &m->key, lock->shared);
+    if (h == NULL || (h->count == 0 && !holding_set_name(h, m->name, m->name_length))) {
+      while (m >= lock->members) {
+        if (m->holding != NULL) holding_put(s, m->holding);
+        m--;
+      }
+      return false;
+    }
+  }
+  return true;
+}
+
+static bool holds_all(const struct lock *lock) {
+  size_t i = 0;
+  while (i < lock->count && lock->members[i].holding->count > 0) i++;
+  return i == lock->count;
+}
+
+/* Asks the server about what is not ours already. */
+static void ask_for_all(struct session *s, const struct lock *lock) {
+  for (size_t i = 0; i < lock->count; i++)
+    if (lock->members[i].holding->count == 0) chain_add(&s->op.asked, lock->members[i].holding);
+}
+
+/* Connection, key or keys, options. The server enforces the timeout; the client's deadline behind it
+ * is for a server that does not answer. */
+static struct session *acquire_begin(lua_State *L, enum demand demand, bool many) {
   struct session *s;
   struct options o;
-  struct key key;
   struct lock *lock;
-  struct holding *h;
   const char *comment = NULL;
   lua_settop(L, 4);
   s = connection_check(L, 1);
   options_check(L, &o);
-  key_check(L, 2, 1, &o.hashing, &key);
   if (demand != DEMAND_LOCK && o.timeout < 0) o.timeout = 0;
-  lock = lock_new(L, s, &key, &o);
+  lock = lock_new(L, s, many, &o);
   if (o.comment != 0) comment = comment_push(L, o.comment, lock);
   connection_ready(L, 1); /* last, because a collection may have done anything to it */
   if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
   slot_set(L, 1, SLOT_PENDING);
-  h = holding_get(s, &key, o.shared);
-  if (h == NULL || (h->count == 0 && !holding_set_name(h, lock->has_name ? lock->name : NULL,
-                                                       lock->name_length))) {
+  if (!find_holdings(s, lock) || !command_reserve(s, lock->count)) {
     luaL_error(L, "not enough memory");
     return NULL; /* not reached */
   }
-  if (h->count > 0 && !session_alive(s)) connection_ready(L, 1); /* raises lost */
+  if (holds_all(lock) && !session_alive(s)) connection_ready(L, 1); /* raises lost */
 
   operation_begin(s, &acquiring,
                   o.timeout < 0 ? INFINITY : monotonic_now() + o.timeout + s->reply_timeout);
   s->op.lock = lock;
-  s->op.holding = h;
-  s->op.key = key;
-  s->op.has_key = true;
+  s->op.key = lock->members[0].key;
+  s->op.has_key = !many;
   s->op.demand = (int)demand;
   s->op.timeout = o.timeout;
   s->op.comment = comment;
   lock->state = LOCK_ACQUIRING;
-  if (h->count > 0) /* ours already: the server is not asked to count */
+  ask_for_all(s, lock);
+  if (s->op.asked.count == 0) /* ours already: the server is not asked to count */
     granted(s);
   else if (s->transaction_failed)
     finished(s, ABORTED_TRANSACTION, "the transaction is aborted: nothing was locked");
   else
-    go(s, h->doubtful ? SETTLE : MAIN);
+    go(s, doubts_asked(s) ? SETTLE : MAIN);
   return s;
 }
 
 static int connection_lock(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_LOCK));
+  return operation_complete(L, acquire_begin(L, DEMAND_LOCK, false));
 }
 
 static int connection_try_lock(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_TRY));
+  return operation_complete(L, acquire_begin(L, DEMAND_TRY, false));
+}
+
+static int connection_lock_all(lua_State *L) {
+  return operation_complete(L, acquire_begin(L, DEMAND_LOCK, true));
+}
+
+static int connection_try_lock_all(lua_State *L) {
+  return operation_complete(L, acquire_begin(L, DEMAND_TRY, true));
 }
 
 /* attempt(conn, key, options): as try_lock, but a lock object either way: `acquired` tells. */
-static int attempt(lua_State *L) { return operation_complete(L, acquire_begin(L, DEMAND_ATTEMPT)); }
+static int attempt(lua_State *L) {
+  return operation_complete(L, acquire_begin(L, DEMAND_ATTEMPT, false));
+}
 
 static int start_lock(lua_State *L) {
-  acquire_begin(L, DEMAND_LOCK);
+  acquire_begin(L, DEMAND_LOCK, false);
   return 0;
 }
 
 static int start_try_lock(lua_State *L) {
-  acquire_begin(L, DEMAND_TRY);
+  acquire_begin(L, DEMAND_TRY, false);
+  return 0;
+}
+
+static int start_lock_all(lua_State *L) {
+  acquire_begin(L, DEMAND_LOCK, true);
+  return 0;
+}
+
+static int start_try_lock_all(lua_State *L) {
+  acquire_begin(L, DEMAND_TRY, true);
   return 0;
 }
 
 static int start_attempt(lua_State *L) {
-  acquire_begin(L, DEMAND_ATTEMPT);
+  acquire_begin(L, DEMAND_ATTEMPT, false);
   return 0;
 }
 
@@ -503,9 +646,13 @@ static void release_advance(struct session *s) {
     recover(s, again ? MAIN : GUARD);
   } else if (op->answer.value == VALUE_TRUE)
     finished(s, NO_ERROR, "");
-  else if (op->answer.value == VALUE_FALSE)
+  else if (op->answer.value == VALUE_FALSE || op->answer.value == VALUE_SOME) {
+    const struct holding *h = op->asked.first;
+    while (h->found[ASKED]) h = h->after[ASKED];
+    op->key = h->key;
+    op->has_key = true;
     finished(s, NOT_HELD, NOT_HELD_MESSAGE);
-  else
+  } else
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
 }
 
@@ -531,57 +678,58 @@ static bool is_ours(const struct session *s) {
   return s->state == SESSION_OPEN && !session_is_foreign(s);
 }
 
-/* Lets go of one lock on a holding. True: the server's own lock must go too. */
-static bool lock_leave(struct session *s, struct lock *lock) {
-  struct holding *h = lock->holding;
+/* Lets go of a lock. What the server must let go then is added to the chain, or in doubt. */
+static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
+  bool ours = is_ours(s);
+  bool sends = !s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing);
   lock->state = LOCK_RELEASED;
-  h->count--;
-  if (!is_ours(s) || h->count > 0) return false;
-  if (!s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing)) return true;
-  /* Refused until the transaction has ended, or behind another's operation, where the server
-   * would not read it sooner: the guard lets it go when that is over. */
-  holding_doubt(s, h);
-  return false;
-}
-
-static void release_send(struct session *s, struct holding *h, struct holding *answered) {
-  command_statement(s, VERB_UNLOCK, &h->key, h->shared, NULL, NULL, answered);
+  for (size_t i = 0; i < lock->count; i++) {
+    struct member *m = &lock->members[i];
+    struct holding *h = m->holding;
+    if (member_lost(m)) continue;
+    h->count--;
+    if (ours && h->count == 0 && sends) {
+      chain_add(chain, h);
+      continue;
+    }
+    /* Refused until the transaction has ended, or behind another's operation, where the server would
+     * not read it sooner: the guard lets it go when that is over. */
+    if (ours && h->count == 0) holding_doubt(s, h);
+    holding_put(s, h);
+  }
 }
 
 /* Without waiting for the answer. */
 static void release_now(struct session *s, struct lock *lock) {
-  struct holding *h = lock->holding;
-  if (lock_leave(s, lock))
-    release_send(s, h, h);
-  else
-    holding_put(s, h);
+  struct chain chain = {.kind = LEAVING};
+  lock_leave(s, lock, &chain);
+  if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
 }
 
 /* The session must be free. */
 static void release_begin(struct session *s, struct lock *lock) {
-  struct holding *h = lock->holding;
   struct operation *op = &s->op;
   operation_begin(s, &releasing, monotonic_now() + s->reply_timeout);
-  op->key = lock->key;
-  op->has_key = true;
+  op->key = lock->members[0].key;
+  op->has_key = !lock->many;
   if (lock_state(lock) == LOCK_LOST) {
-    lock->state = LOCK_RELEASED;
-    operation_done(s, LOST, "", NOT_HELD_MESSAGE);
+    release_now(s, lock); /* of many keys, some may still be held */
+    if (!op->done) operation_done(s, LOST, "", NOT_HELD_MESSAGE);
   } else if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
     op->demand = RELEASE_OF_NOTHING;
     operation_done(s, NO_ERROR, "", NULL);
   } else if (s->state == SESSION_LOST) {
-    lock_leave(s, lock);
+    release_now(s, lock);
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
   } else if (s->deferred) {
     release_now(s, lock);
     if (!op->done) operation_done(s, NO_ERROR, "", NULL);
-  } else if (lock_leave(s, lock)) {
-    op->holding = h;
-    go(s, MAIN);
   } else {
-    holding_put(s, h);
-    operation_done(s, NO_ERROR, "", NULL);
+    lock_leave(s, lock, &op->asked);
+    if (op->asked.count > 0)
+      go(s, MAIN);
+    else
+      operation_done(s, NO_ERROR, "", NULL);
   }
 }
 
@@ -600,8 +748,8 @@ static const struct operation_kind checking = {"check", true, check_advance, che
 static void check_begin(struct session *s, struct lock *lock, double timeout) {
   struct operation *op = &s->op;
   operation_begin(s, &checking, monotonic_now() + timeout);
-  op->key = lock->key;
-  op->has_key = true;
+  op->key = lock->members[0].key;
+  op->has_key = !lock->many;
   op->guard = GUARD_LOOK;
   if (lock_state(lock) == LOCK_HELD && s->state == SESSION_LOST)
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
@@ -612,34 +760,43 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
   else if (s->transaction_failed)
     operation_done(s, ABORTED_TRANSACTION, "", "the transaction is aborted: nothing was asked");
   else {
-    op->holding = lock->holding;
+    for (size_t i = 0; i < lock->count; i++) chain_add(&op->asked, lock->members[i].holding);
     go(s, GUARD);
   }
 }
 
 static void main_send(struct session *s) {
-  struct operation *op = &s->op;
-  if (op->kind == &releasing)
-    release_send(s, op->holding, NULL);
+  if (s->op.kind == &releasing)
+    command_statement(s, VERB_UNLOCK, &s->op.asked, NULL, NULL);
   else
     acquire_send(s);
 }
 
+static void conclude_check(struct session *s) {
+  bool released = false, lost = false; /* released: meanwhile, by the end of its scope */
+  for (struct holding *h = s->op.asked.first; h != NULL; h = h->after[ASKED])
+    if (h->count == 0)
+      released = true;
+    else if (!h->found[ASKED]) {
+      lost = true;
+      holding_lost(s, h);
+    }
+  finished(s, released ? NOT_HELD : lost ? LOST : NO_ERROR,
+           released ? "this lock is not held" : NOT_HELD_MESSAGE);
+}
+
 /* What the guard found out. */
-static void conclude(struct session *s, bool held) {
+static void conclude(struct session *s) {
   struct operation *op = &s->op;
-  if (op->state == GUARD && op->guard == GUARD_UNLOCK) holding_trust(s, op->holding);
-  if (op->kind == &checking) {
-    bool released = op->holding->count == 0; /* meanwhile, by the end of its scope */
-    if (!held) holding_lost(s, op->holding);
-    finished(s, released ? NOT_HELD : held ? NO_ERROR : LOST,
-             released ? "this lock is not held" : NOT_HELD_MESSAGE);
-  } else if (op->kind == &releasing)
+  enum value held = op->answer.value;
+  if (op->kind == &checking)
+    conclude_check(s);
+  else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
-  else if (held && op->interrupted) {
+  else if (held == VALUE_SOME || (held == VALUE_TRUE && op->interrupted)) {
     op->guard = GUARD_UNLOCK;
     go(s, GUARD);
-  } else if (held)
+  } else if (held == VALUE_TRUE)
     granted(s);
   else if (op->aside && !op->interrupted && op->failure.code == INTERRUPTED) {
     op->aside = false;
@@ -681,7 +838,7 @@ static struct session *release_prepare(lua_State *L) {
   struct lock *lock = lock_check(L);
   struct session *s = connection_insert(L, lock);
   /* What is only counted here, or not waited for, is no occasion to hear of a loss. */
-  if (lock_state(lock) == LOCK_HELD && (s->deferred || lock->holding->count > 1))
+  if (lock_state(lock) == LOCK_HELD && (s->deferred || lock->members[0].holding->count > 1))
     session_alive(s);
   lock_ready(L, s);
   release_begin(s, lock);
@@ -728,7 +885,7 @@ static int lock_held(lua_State *L) {
 static int lock_scope_end(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
-  if (s == NULL || lock_state(lock) != LOCK_HELD) return 0;
+  if (s == NULL || lock->state != LOCK_HELD) return 0;
   if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
     release_now(s, lock);
   else {
@@ -736,7 +893,7 @@ static int lock_scope_end(lua_State *L) {
     operation_run(L, s);
     if (s->op.failure.code == NOT_HELD) { /* nobody else would tell */
       s->release_failure = s->op.failure;
-      s->release_key = lock->key;
+      s->release_key = s->op.key;
     }
     operation_drop(s);
   }
@@ -753,7 +910,7 @@ static int lock_collect(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL) return 0;
-  if (lock_state(lock) == LOCK_HELD)
+  if (lock->state == LOCK_HELD)
     release_now(s, lock);
   else if (s->op.lock == lock) /* its connection goes too: nobody can drive the acquire on */
     session_lose(s, LOST, "", "the acquire was abandoned");
@@ -763,22 +920,35 @@ static int lock_collect(lua_State *L) {
   return 0;
 }
 
+static void keys_push(lua_State *L, const struct lock *lock) {
+  lua_createtable(L, (int)lock->count, 0);
+  for (size_t i = 0; i < lock->count; i++) {
+    key_push(L, &lock->members[i].key);
+    lua_rawseti(L, -2, (int)i + 1);
+  }
+}
+
 static int lock_index(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  const struct member *m;
   const char *field;
   lua_settop(L, 2);
   method_push(L, lock != NULL && lock->session != NULL && lock->session->scheduled);
   if (!lua_isnil(L, -1)) return 1;
   lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
+  m = lock->members;
   if (strcmp(field, "acquired") == 0)
     lua_pushboolean(L, lock->acquired);
   else if (strcmp(field, "shared") == 0)
     lua_pushboolean(L, lock->shared);
   else if (strcmp(field, "key") == 0)
-    key_push(L, &lock->key);
+    lock->many ? lua_pushnil(L) : key_push(L, &m->key);
+  else if (strcmp(field, "keys") == 0)
+    keys_push(L, lock);
   else if (strcmp(field, "name") == 0)
-    lock->has_name ? (void)lua_pushlstring(L, lock->name, lock->name_length) : lua_pushnil(L);
+    lock->many || m->name == NULL ? lua_pushnil(L)
+                                  : (void)lua_pushlstring(L, m->name, m->name_length);
   else if (strcmp(field, "waited") == 0)
     lua_pushnumber(L, lock->waited);
   return 1;
@@ -814,13 +984,20 @@ static const luaL_Reg lock_methods[] = {
     {"check", lock_confirm}, {"held", lock_held}, {"release", lock_release}, {NULL, NULL}};
 
 static const luaL_Reg connection_methods[] = {{"lock", connection_lock},
+                                              {"lock_all", connection_lock_all},
                                               {"locks", connection_locks},
                                               {"try_lock", connection_try_lock},
+                                              {"try_lock_all", connection_try_lock_all},
                                               {NULL, NULL}};
 
-static const luaL_Reg starters[] = {{"attempt", start_attempt},   {"check", start_check},
-                                    {"lock", start_lock},         {"release", start_release},
-                                    {"try_lock", start_try_lock}, {NULL, NULL}};
+static const luaL_Reg starters[] = {{"attempt", start_attempt},
+                                    {"check", start_check},
+                                    {"lock", start_lock},
+                                    {"lock_all", start_lock_all},
+                                    {"release", start_release},
+                                    {"try_lock", start_try_lock},
+                                    {"try_lock_all", start_try_lock_all},
+                                    {NULL, NULL}};
 
 /* connection_of(lock) */
 static int connection_of(lua_State *L) {
@@ -831,6 +1008,7 @@ static int connection_of(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"attempt", attempt},
                                      {"check", check_arguments},
+                                     {"check_all", check_all_arguments},
                                      {"connection_of", connection_of},
                                      {NULL, NULL}};
 

@@ -27,10 +27,10 @@ double operation_deadline(const struct session *s) {
 void operation_drop(struct session *s) {
   struct operation *op = &s->op;
   for (struct command *c = s->oldest; c != NULL; c = c->next)
-    if (c->holding == NULL) c->abandoned = true;
+    if (c->leaving.count == 0) c->abandoned = true;
   op->kind = NULL;
   op->lock = NULL;
-  op->holding = NULL;
+  holdings_unask(s);
   /* A transaction that has just ended lets go what could not be released inside it. */
   if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
 }

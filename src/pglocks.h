@@ -4,9 +4,10 @@
  *   command     messages up to one Sync, in flight on a session (command.c)
  *   operation   what a caller waits for: one or more commands, and what follows from
  *               their answers (operation.c drives it, its kind decides)
- *   holding     a (key, mode) that the session holds or is about to; counts the locks on it
- *               (holding.c)
- *   lock        a userdata, one for every acquire (lock.c); connection (connection.c), too
+ *   holding     a (key, mode) that the session holds or is about to; counts the locks on it.
+ *               A chain of them is what one command is about (holding.c)
+ *   lock        a userdata, one for every acquire, over one holding or many (lock.c);
+ *               connection (connection.c), too
  *   key         what PostgreSQL locks (key.c); a scheme makes it of a name (scheme.c, digest.c)
  *
  * Two rules keep locks true. Everything an operation needs from Lua is allocated before
@@ -90,14 +91,17 @@ struct hashing {
   bool explicit_scheme, explicit_space; /* given in the call, not by setup */
 };
 
-/* Reads the key at `index`, the user's argument `argument`, or raises. A `hash` that is a function,
- * in the options at `index` + 1 or in the defaults, is called. */
-void key_check(lua_State *L, int index, int argument, const struct hashing *how, struct key *key);
+/* Reads the key at `index`, the user's argument `argument`, or raises; of a list, its `element`, or
+ * 0. A `hash` that is a function, in the options at `options` or in the defaults, is called. */
+void key_check(lua_State *L, int index, int options, int argument, int element,
+               const struct hashing *how, struct key *key);
 /* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
 bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);
 struct hashing key_defaults(lua_State *L);
 void key_push(lua_State *L, const struct key *key);
 bool key_equal(const struct key *a, const struct key *b);
+/* 64-bit keys ascending, then pairs: the order in which many are locked. */
+int key_compare(const struct key *a, const struct key *b);
 /* Printable ASCII, without quotes and asterisks: harmless in a message and in an SQL comment. */
 void text_escape(const char *text, size_t length, char *buffer, size_t size);
 /* "invoice 42" in quotes and escaped, 42 or (7, 42). */
@@ -167,25 +171,39 @@ void failure_push(lua_State *L, const struct failure *failure, const struct key 
 
 /* ---- command.c ------------------------------------------------------------------------ */
 
-/* NO_VALUE: there was no row. OTHER: of no boolean, as pg_advisory_lock's void is none. */
-enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_TRUE, VALUE_OTHER };
+/* NO_VALUE: there was no row. SOME: true for some of the keys, whose holdings are `found`; for all
+ * it is TRUE, for none FALSE. OTHER: of no boolean, as pg_advisory_lock's void is none. */
+enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_SOME, VALUE_TRUE, VALUE_OTHER };
 
 /* What the server said to a command. */
 struct answer {
   bool failed;
-  enum value value; /* of the first row's first column, which holds a boolean, NULL, or nothing of interest */
+  enum value value; /* of the first row's first column: booleans, NULL, or nothing of interest */
   struct failure failure;
 };
 
 struct holding;
 struct session;
 
+/* A holding can be in one chain of each kind. */
+enum chained { ASKED, LEAVING, CHAINS };
+
+/* What a command is about, in the order of its parameters: 64-bit keys come before pairs.
+ *   ASKED     of the session's operation
+ *   LEAVING   of a release, or of the guard after it, whose answer nobody waits for */
+struct chain {
+  enum chained kind;
+  struct holding *first, *last;
+  int count, pairs;
+};
+
 /* One command in flight, in the order sent. Who gets its answer: the session's operation, or,
- * where it was sent without waiting, the holding whose release it is. */
+ * where it was sent without waiting, the holdings whose release it is. */
 struct command {
   struct command *next;
-  struct holding *holding; /* NULL: the answer is the operation's */
-  bool settles;            /* the guard for a doubtful holding, not its release */
+  struct chain leaving; /* empty: the answer is the operation's */
+  bool settles;         /* the guard for doubtful holdings, not their release */
+  bool marks;           /* a 't' or an 'f' for each holding is to come */
   bool keep_result;
   bool prepares;  /* its statement, so that the first result is of that */
   bool abandoned; /* nobody wants its answer */
@@ -197,15 +215,22 @@ struct command {
 
 enum guard { GUARD_LOOK, GUARD_UNLOCK };
 
-/* The statements of lock.c, prepared when first used: verb, shared, pair. */
+/* The statements of lock.c, prepared when first used: for one key verb, shared, pair; for many
+ * verb, shared. */
 enum verb { VERB_LOCK, VERB_LOCK_TIMED, VERB_TRY, VERB_UNLOCK, VERBS };
-enum { STATEMENTS = VERBS * 2 * 2 };
+enum { MANY = VERBS * 2 * 2, STATEMENTS = MANY + VERBS * 2 };
+
+/* What any command may be about without command_reserve. */
+enum { ALWAYS_ROOM_FOR = 32 };
+
+/* Makes room for commands about so many keys, so that a release needs no memory, and so that the
+ * network takes it at once: at the end of a scope nobody waits. False: no memory. */
+bool command_reserve(struct session *s, size_t count);
 
 /* Each sends one command. When that fails the session is lost, and the operation is done. */
-void command_statement(struct session *s, enum verb verb, const struct key *key, bool shared,
-                       const char *milliseconds, const char *comment, struct holding *holding);
-void command_guard(struct session *s, enum guard guard, const struct key *key, bool shared,
-                   struct holding *settles);
+void command_statement(struct session *s, enum verb verb, const struct chain *chain,
+                       const char *milliseconds, const char *comment);
+void command_guard(struct session *s, enum guard guard, const struct chain *chain);
 void command_simple(struct session *s, const char *first, const char *second);
 /* Ends the transaction, if one is open, and lets everything go. */
 void command_unlock_all(struct session *s);
@@ -245,8 +270,8 @@ struct operation {
   PGresult **result;        /* of a query: in a box of Lua's */
   /* acquire, release and check */
   struct lock *lock;
-  struct holding *holding;
-  struct key key; /* for errors */
+  struct chain asked; /* the holdings that the server is asked about */
+  struct key key;     /* for errors */
   bool has_key;
   int demand; /* of its kind */
   enum guard guard;
@@ -284,6 +309,9 @@ struct cancel;
 
 enum { BUCKETS = 16 };
 
+/* Bytes of so many keys as PostgreSQL's int8[] in binary form. */
+#define PACKED_SIZE(keys) (20 + 12 * (size_t)(keys))
+
 struct session {
   PGconn *pg; /* NULL once closed, lost or forked */
   int refs;
@@ -305,6 +333,8 @@ struct session {
   size_t bucket_count, holding_count;
   unsigned long generations;
   int doubtful, settle_rounds;
+  char *packed, first_packed[PACKED_SIZE(ALWAYS_ROOM_FOR)]; /* a parameter: keys as an array */
+  size_t packed_for;                                       /* so many */
   struct failure release_failure; /* of a deferred release, for on_lost */
   struct key release_key;
   struct cancel *cancel; /* a cancel request under way */
@@ -385,6 +415,9 @@ struct holding {
   bool shared;
   bool doubtful;  /* a release went wrong: the guard has yet to settle it */
   bool untouched; /* that release never ran, so that the guard must find the lock */
+  bool asked;     /* in the operation's chain */
+  bool found[CHAINS]; /* what the last command about the chain said */
+  struct holding *after[CHAINS]; /* the next in the chain */
   int count;      /* locks of ours on it; the server never counts past 1 */
   int releasing;  /* releases and guards in flight that nobody waits for */
   /* Locks refer to it by number: nothing here points to a lock, because Lua 5.4 frees a userdata
@@ -408,10 +441,13 @@ bool holding_set_name(struct holding *h, const char *name, size_t length);
 void holding_lost(struct session *s, struct holding *h);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
+void chain_add(struct chain *chain, struct holding *h);
+/* Empties the operation's chain, and forgets what is not needed for anything else. */
+void holdings_unask(struct session *s);
 void holding_doubt(struct session *s, struct holding *h);
 void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
-void holding_answered(struct session *s, const struct command *command);
+void holdings_answered(struct session *s, const struct command *command);
 bool holdings_any(const struct session *s); /* is anything held? */
 /* Sends the guard for every doubtful holding, unless the transaction must end first. */
 void holdings_settle(struct session *s);

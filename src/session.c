@@ -153,6 +153,7 @@ void session_unref(struct session *s) {
     free(c);
   }
   holdings_free(s);
+  if (s->packed != s->first_packed) free(s->packed);
   session_unlink(s);
   free(s);
 }
@@ -166,6 +167,8 @@ struct session *session_new(void) {
   s->newest = &s->oldest;
   s->buckets = s->first_buckets;
   s->bucket_count = BUCKETS;
+  s->packed = s->first_packed;
+  s->packed_for = ALWAYS_ROOM_FOR;
   s->reply_timeout = DEFAULT_REPLY_TIMEOUT;
   session_link(s);
   return s;

@@ -52,27 +52,42 @@ local function body(options, fn)
   return options, fn, 2
 end
 
--- Of a connection, or of `program` below: whatever has `lock` and `try_lock`.
-local function with_lock(owner, key, ...)
+-- Of a connection, or of `program` below. method: its `lock` or `lock_all`.
+local function with(owner, method, key, ...)
   local options, fn, count = body(...)
-  local lock = owner:lock(key, options)
+  local lock = owner[method](owner, key, options)
   return run(lock, release, fn, lock, select(count + 1, ...))
 end
 
-local function try_with_lock(owner, key, ...)
+-- method: its `try_lock` or `try_lock_all`.
+local function try_with(owner, method, key, ...)
   local options, fn, count = body(...)
-  local lock, why = owner:try_lock(key, options)
+  local lock, why = owner[method](owner, key, options)
   if not lock then return false, why end
   return run(lock, release_true, fn, lock, select(count + 1, ...))
 end
 
 --- Calls `fn(lock, ...)` while holding the lock; waits as `lock` does.
 ---@return any ... what fn returned
-core.connection.with_lock = with_lock
+function core.connection:with_lock(key, ...) return through(with(self, "lock", key, ...)) end
+
+--- Calls `fn(lock, ...)` while holding the locks; waits as `lock_all` does.
+---@return any ... what fn returned
+function core.connection:with_lock_all(keys, ...)
+  return through(with(self, "lock_all", keys, ...))
+end
 
 --- Calls `fn(lock, ...)` if the lock is to be had, as `try_lock` says.
 ---@return boolean ran  true and what fn returned; or false and "busy" or "timeout"
-core.connection.try_with_lock = try_with_lock
+function core.connection:try_with_lock(key, ...)
+  return through(try_with(self, "try_lock", key, ...))
+end
+
+--- Calls `fn(lock, ...)` if the locks are to be had, as `try_lock_all` says.
+---@return boolean ran  true and what fn returned; or false and "busy" or "timeout"
+function core.connection:try_with_lock_all(keys, ...)
+  return through(try_with(self, "try_lock_all", keys, ...))
+end
 
 -- ---- transactions -----------------------------------------------------------------------
 
@@ -136,7 +151,7 @@ local owners = {} -- by name: a connection that all callers share, or a pool
 -- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
 -- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
 -- anything is opened for them. Nil: the lock's own timeout was too short to connect.
-local function owner(name, key, options)
+local function owner(name, check, key, options)
   local found = owners[name]
   if found and found:alive() then return found end
   local described = databases[name]
@@ -146,7 +161,7 @@ local function owner(name, key, options)
   if not described then
     core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
   end
-  core.check(key, options)
+  check(key, options)
   local keywords, own = described[1], described[2]
   if own.scheduler then
     found = pool.new(keywords, own, own.scheduler)
@@ -173,10 +188,11 @@ local function split(options)
   return name, rest
 end
 
-local function choose(key, options)
+-- check: core.check or core.check_all.
+local function choose(check, key, options)
   local name, rest = split(options)
   local before, began = owners[name], core.now()
-  local found = owner(name, key, rest)
+  local found = owner(name, check, key, rest)
   -- Connecting counts against the lock's timeout.
   return found, found == before and rest or pool.remaining(rest, core.now() - began)
 end
@@ -184,16 +200,31 @@ end
 -- Locks as a connection does, on the one that `using` names.
 local program = {}
 
+local function connected(conn, options)
+  if conn then return conn end
+  core.raise("timeout", ("no connection within %.7g s"):format(options.timeout))
+end
+
 function program:lock(key, options) -- luacheck: no self
-  local conn, rest = choose(key, options)
-  if not conn then core.raise("timeout", ("no connection within %.7g s"):format(options.timeout)) end
-  return through(conn:lock(key, rest))
+  local conn, rest = choose(core.check, key, options)
+  return through(connected(conn, options):lock(key, rest))
+end
+
+function program:lock_all(keys, options) -- luacheck: no self
+  local conn, rest = choose(core.check_all, keys, options)
+  return through(connected(conn, options):lock_all(keys, rest))
 end
 
 function program:try_lock(key, options) -- luacheck: no self
-  local conn, rest = choose(key, options)
+  local conn, rest = choose(core.check, key, options)
   if not conn then return nil, "timeout" end
   return through(conn:try_lock(key, rest))
+end
+
+function program:try_lock_all(keys, options) -- luacheck: no self
+  local conn, rest = choose(core.check_all, keys, options)
+  if not conn then return nil, "timeout" end
+  return through(conn:try_lock_all(keys, rest))
 end
 
 --- Names databases and sets defaults for the whole program. Called again, it starts afresh.
@@ -270,7 +301,7 @@ end
 ---@param key pglocks.locked
 ---@param ... any [options,] fn, and what to call it with
 ---@return any ... what fn returned
-function pglocks.with_lock(key, ...) return through(with_lock(program, key, ...)) end
+function pglocks.with_lock(key, ...) return through(with(program, "lock", key, ...)) end
 
 --- Calls `fn(lock, ...)` if the lock is to be had, as `try_lock` says. Raises what `try_lock`,
 --- `fn` and `release` raise.
@@ -280,7 +311,53 @@ function pglocks.with_lock(key, ...) return through(with_lock(program, key, ...)
 ---@param ... any [options,] fn, and what to call it with
 ---@return boolean ran
 ---@return any ... what fn returned; or "busy" or "timeout"
-function pglocks.try_with_lock(key, ...) return through(try_with_lock(program, key, ...)) end
+function pglocks.try_with_lock(key, ...)
+  return through(try_with(program, "try_lock", key, ...))
+end
+
+--- Waits for all of the locks, on the database that `using` names, as `conn:lock_all` does. Raises
+--- what `connect` and `conn:lock_all` raise.
+---
+---     local lock <close> = pglocks.lock_all({ "account 7", "account 42" }, { timeout = 5 })
+---@param keys pglocks.locked[]
+---@param options? pglocks.program_options
+---@return pglocks.lock
+function pglocks.lock_all(keys, options)
+  return through(program:lock_all(keys, options))
+end
+
+--- Takes all of the locks or none, as `conn:try_lock_all` does. Raises what `lock_all` raises, but
+--- for timeout.
+---
+---     local lock <close>, why = pglocks.try_lock_all { "account 7", "account 42" }
+---@param keys pglocks.locked[]
+---@param options? pglocks.program_options
+---@return pglocks.lock|nil lock
+---@return nil|"busy"|"timeout" why
+function pglocks.try_lock_all(keys, options)
+  return through(program:try_lock_all(keys, options))
+end
+
+--- Calls `fn(lock, ...)` while holding all of the locks. Raises what `lock_all`, `fn` and `release`
+--- raise.
+---
+---     pglocks.with_lock_all({ "account 7", "account 42" }, function() transfer() end)
+---@param keys pglocks.locked[]
+---@param ... any [options,] fn, and what to call it with
+---@return any ... what fn returned
+function pglocks.with_lock_all(keys, ...) return through(with(program, "lock_all", keys, ...)) end
+
+--- Calls `fn(lock, ...)` if all of the locks are to be had, as `try_lock_all` says. Raises what
+--- `try_lock_all`, `fn` and `release` raise.
+---
+---     local ran = pglocks.try_with_lock_all({ "account 7", "account 42" }, function() transfer() end)
+---@param keys pglocks.locked[]
+---@param ... any [options,] fn, and what to call it with
+---@return boolean ran
+---@return any ... what fn returned; or "busy" or "timeout"
+function pglocks.try_with_lock_all(keys, ...)
+  return through(try_with(program, "try_lock_all", keys, ...))
+end
 
 --- A function that runs `fn` with its arguments while holding the lock, and raises what
 --- `with_lock` raises.
@@ -296,7 +373,7 @@ function pglocks.wrap(key, options, fn)
   local _, rest = split(options)
   core.check(key, rest)
   local function without_lock(_, ...) return fn(...) end
-  return function(...) return through(with_lock(program, key, options, without_lock, ...)) end
+  return function(...) return through(with(program, "lock", key, options, without_lock, ...)) end
 end
 
 --- django-pglocks' form: with `wait = false` it returns at once with a lock object whose
@@ -322,7 +399,7 @@ function pglocks.advisory_lock(lock_id, options)
     rest = options
   end
   if wait ~= false then return through(program:lock(lock_id, rest)) end
-  local found, own = choose(lock_id, rest)
+  local found, own = choose(core.check, lock_id, rest)
   if found.attempt then return through(found:attempt(lock_id, own)) end
   return through(core.attempt(found, lock_id, own))
 end

@@ -218,8 +218,8 @@ end
 
 -- Calls method(conn, key, options). When it has taken no lock, the connection goes back; else the
 -- lock's end gives it back.
-local function with_connection(self, method, key, options, on_timeout)
-  core.check(key, options)
+local function with_connection(self, check, method, key, options, on_timeout)
+  check(key, options)
   local began = core.now()
   local patience, timeout = self.options.timeout or PATIENCE, options and options.timeout
   if timeout and timeout > 0 and timeout < patience then patience = timeout end
@@ -240,18 +240,30 @@ local function raise_timeout(timeout)
   core.raise("timeout", ("no connection of the pool came free within %.7g s"):format(timeout))
 end
 
+local function return_timeout() return nil, "timeout" end
+
+local methods = core.scheduled.connection
+
 function Pool:lock(key, options)
-  return through(with_connection(self, core.scheduled.connection.lock, key, options,
-    raise_timeout))
+  return through(with_connection(self, core.check, methods.lock, key, options, raise_timeout))
 end
 
 function Pool:try_lock(key, options)
-  return through(with_connection(self, core.scheduled.connection.try_lock, key, options,
-    function() return nil, "timeout" end))
+  return through(with_connection(self, core.check, methods.try_lock, key, options, return_timeout))
+end
+
+function Pool:lock_all(keys, options)
+  return through(with_connection(self, core.check_all, methods.lock_all, keys, options,
+    raise_timeout))
+end
+
+function Pool:try_lock_all(keys, options)
+  return through(with_connection(self, core.check_all, methods.try_lock_all, keys, options,
+    return_timeout))
 end
 
 function Pool:attempt(key, options)
-  return through(with_connection(self, scheduled.attempt, key, options, raise_timeout))
+  return through(with_connection(self, core.check, scheduled.attempt, key, options, raise_timeout))
 end
 
 return { new = new, remaining = remaining }

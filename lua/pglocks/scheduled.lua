@@ -98,7 +98,7 @@ function scheduled.run(conn)
   return core.finish(conn)
 end
 
-for _, method in ipairs { "lock", "try_lock", "ping", "close" } do
+for _, method in ipairs { "lock", "lock_all", "try_lock", "try_lock_all", "ping", "close" } do
   local begin = core.start[method]
   core.scheduled.connection[method] = function(conn, ...)
     return pass(nil, call(conn, begin, conn, ...))

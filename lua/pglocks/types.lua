@@ -169,6 +169,26 @@ function connection:lock(key, options) end
 ---@return nil|"busy"|"timeout" why  "timeout" after a wait
 function connection:try_lock(key, options) end
 
+--- Waits for all of the locks, in one statement, for ever or `timeout` seconds in all. It has all of
+--- them when it returns, and none but those held before when it raises. 64-bit keys are locked in
+--- ascending order, then pairs, each once. Raises what `lock` raises.
+---
+---     local lock <close> = conn:lock_all({ "account 7", "account 42" }, { timeout = 5 })
+---@param keys pglocks.locked[]  at least one
+---@param options? pglocks.options
+---@return pglocks.lock  one for all of them
+function connection:lock_all(keys, options) end
+
+--- Takes all of the locks if they are free, or become so within `timeout` seconds in all (0 without
+--- it); otherwise none. Raises what `lock_all` raises, but for timeout.
+---
+---     local lock <close>, why = conn:try_lock_all { "account 7", "account 42" }
+---@param keys pglocks.locked[]  at least one
+---@param options? pglocks.options
+---@return pglocks.lock|nil lock
+---@return nil|"busy"|"timeout" why  "timeout" after a wait
+function connection:try_lock_all(keys, options) end
+
 --- Calls `fn(lock, ...)` while holding the lock, and releases it before it returns or rethrows.
 --- Raises what `lock`, `fn` and `release` raise; never calls `fn` without the lock.
 ---
@@ -193,6 +213,29 @@ function connection:with_lock(key, options, fn, ...) end
 ---@return any ...  what fn returned; or "busy" or "timeout"
 ---@overload fun(self: pglocks.connection, key: pglocks.locked, fn: pglocks.body, ...: any): boolean, ...
 function connection:try_with_lock(key, options, fn, ...) end
+
+--- `with_lock` on all of the locks. Raises what `lock_all`, `fn` and `release` raise.
+---
+---     conn:with_lock_all({ "account 7", "account 42" }, function() transfer() end)
+---@param keys pglocks.locked[]  at least one
+---@param options? pglocks.options  may be left out: with_lock_all(keys, fn, ...)
+---@param fn pglocks.body
+---@param ... any
+---@return any ...  what fn returned
+---@overload fun(self: pglocks.connection, keys: pglocks.locked[], fn: pglocks.body, ...: any): ...
+function connection:with_lock_all(keys, options, fn, ...) end
+
+--- `try_with_lock` on all of the locks. Raises what `try_lock_all`, `fn` and `release` raise.
+---
+---     local ran = conn:try_with_lock_all({ "account 7", "account 42" }, function() transfer() end)
+---@param keys pglocks.locked[]  at least one
+---@param options? pglocks.options  may be left out: try_with_lock_all(keys, fn, ...)
+---@param fn pglocks.body
+---@param ... any
+---@return boolean ran
+---@return any ...  what fn returned; or "busy" or "timeout"
+---@overload fun(self: pglocks.connection, keys: pglocks.locked[], fn: pglocks.body, ...: any): boolean, ...
+function connection:try_with_lock_all(keys, options, fn, ...) end
 
 --- Calls `fn(conn, ...)` inside a transaction: COMMIT when it returns, ROLLBACK when it raises.
 --- Raises what `fn` raises, aborted_transaction where a statement had failed, and server where a
@@ -253,7 +296,8 @@ function connection:close() end
 ---@class pglocks.lock
 ---@field acquired boolean  false only for what `advisory_lock` with `wait = false` did not get
 ---@field shared boolean
----@field key pglocks.key
+---@field key? pglocks.key  nil for one of `lock_all`
+---@field keys pglocks.key[]  in the order in which they were locked; one for one of `lock`
 ---@field name? string  where the key was made from one
 ---@field waited? number  seconds
 local lock = {}
@@ -369,6 +413,11 @@ function core.conninfo(conninfo) end
 ---@param key pglocks.locked
 ---@param options? pglocks.options
 function core.check(key, options) end
+
+--- Raises what `conn:lock_all(keys, options)` would raise about its arguments.
+---@param keys pglocks.locked[]
+---@param options? pglocks.options
+function core.check_all(keys, options) end
 
 --- Sets what only pglocks' own files set on a connection.
 ---@param conn pglocks.connection
@@ -505,6 +554,16 @@ function start.lock(conn, key, options) end
 ---@param key pglocks.locked
 ---@param options? pglocks.options
 function start.try_lock(conn, key, options) end
+
+---@param conn pglocks.connection
+---@param keys pglocks.locked[]
+---@param options? pglocks.options
+function start.lock_all(conn, keys, options) end
+
+---@param conn pglocks.connection
+---@param keys pglocks.locked[]
+---@param options? pglocks.options
+function start.try_lock_all(conn, keys, options) end
 
 ---@param conn pglocks.connection
 ---@param key pglocks.locked

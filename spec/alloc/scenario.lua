@@ -42,12 +42,14 @@ local function rows(pid)
     WHERE locktype = 'advisory' AND granted AND pid = $1::int ORDER BY 1]], tostring(pid)), ", ")
 end
 
--- As `rows` shows them: { key =, shared = }, each once.
+-- As `rows` shows them: { keys =, shared = }, each once.
 local function shown(locks)
   local keys, list = {}, {}
   for _, lock in ipairs(locks) do
-    keys[("%.0f %.0f %d %s"):format(lock.key.classid, lock.key.objid, lock.key.objsubid,
-      lock.shared and "ShareLock" or "ExclusiveLock")] = true
+    for _, key in ipairs(lock.keys) do
+      keys[("%.0f %.0f %d %s"):format(key.classid, key.objid, key.objsubid,
+        lock.shared and "ShareLock" or "ExclusiveLock")] = true
+    end
   end
   for key in pairs(keys) do list[#list + 1] = key end
   table.sort(list)
@@ -62,7 +64,7 @@ end
 
 local function listed()
   local list = conn:locks()
-  for _, one in ipairs(list) do one.shared = one.mode == "shared" end
+  for _, one in ipairs(list) do one.keys, one.shared = { one.key }, one.mode == "shared" end
   return shown(list)
 end
 
@@ -164,6 +166,18 @@ step("nested lock", lock_held, function(c) return c:lock "held" end)
 
 step("lock that times out", lock_held, function(c)
   local ok, err = pcall(c.lock, c, { 1, 2 }, { timeout = 0.001 })
+  if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
+end)
+
+local MANY = { "held", 42, { 7, 42 }, "name" }
+for i = 1, 40 do MANY[#MANY + 1] = i end -- more than there is always room for
+
+step("lock_all", lock_held, function(c) return c:lock_all(MANY, { timeout = 5 }) end)
+
+step("release of many", function(c) return c:lock_all(MANY) end, function(_, lock) lock:release() end)
+
+step("lock_all that times out", lock_held, function(c)
+  local ok, err = pcall(c.lock_all, c, { 7, { 1, 2 } }, { timeout = 0.001 })
   if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
 end)
 

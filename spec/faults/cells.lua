@@ -45,6 +45,8 @@ return {
       "exclude each other as their modes say" },
     { "an error means not held, and success means held", "the guard, when the lock is granted",
       "the outcome of a call is what pg_locks says" },
+    { "sets of locks are all or nothing", "leaves nothing behind when it is cancelled",
+      "undoes a timeout that got one in the middle", "too_many_locks in the middle of many" },
     { "a release that is cancelled ends in a known state", "strikes waits and releases at random",
       "lets go after a release that failed" },
     { "the server never counts past 1", "are one row in pg_locks, free after the outermost" },

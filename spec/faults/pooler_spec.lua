@@ -142,6 +142,22 @@ describe("a pooler of sessions, said to be one,", function()
     assert.same({}, support.pg_locks())
   end)
 
+  it_with_pooler("gives many locks at once", function()
+    local conn, direct = connect "session", support.connect()
+    for _, options in ipairs { {}, { timeout = 5 }, { timeout = 0 }, { shared = true } } do
+      local lock = conn:lock_all({ 42, "x", { 7, 42 } }, options)
+      assert.is_true(lock:check())
+      assert.equal(3, #support.pg_locks(conn.backend_pid))
+      assert.is_true(lock:release())
+      assert.same({}, support.pg_locks())
+    end
+    local busy = direct:lock { 7, 42 }
+    assert.same({ nil, "busy" }, { conn:try_lock_all { 42, "x", { 7, 42 } } })
+    assert_code("timeout", conn.lock_all, conn, { 42, "x", { 7, 42 } }, { timeout = 0.05 })
+    assert.same({}, support.pg_locks(conn.backend_pid))
+    busy:release()
+  end)
+
   it_with_pooler("has locks freed by deferred releases, by close() and by the client's end", function()
     local other = support.connect()
     local conn = connect("session", { release = "deferred" })
@@ -289,6 +305,9 @@ describe("a pooler of transactions, said to pool sessions,", function()
     ["a lock"] = function(conn) conn:lock(KEY + 1) end,
     ["a lock with a timeout"] = function(conn) conn:lock(KEY + 1, { timeout = 5 }) end,
     ["a try_lock"] = function(conn) conn:try_lock(KEY + 1) end,
+    ["a lock_all"] = function(conn) conn:lock_all { KEY + 1, KEY + 2 } end,
+    ["a lock_all with a timeout"] = function(conn) conn:lock_all({ KEY + 1, KEY + 2 }, { timeout = 5 }) end,
+    ["a try_lock_all"] = function(conn) conn:try_lock_all { KEY + 1, KEY + 2 } end,
     ["a shared try_lock"] = function(conn) conn:try_lock(KEY + 1, { shared = true }) end,
   } do
     it_with_pooler(("has nobody's locks taken for one's own, and none left behind, by %s (row 23, holding)")

@@ -252,6 +252,21 @@ describe("a full lock table", function()
     still_works(conn)
   end)
 
+  it_with_servers("row 16, waiting: is too_many_locks in the middle of many, and none of them is held", function()
+    local kept = conn:lock(1)
+    local keys = {}
+    for i = 1, 100000 do keys[i] = i end
+    for _, options in ipairs { {}, { timeout = 5 }, { timeout = 0 }, { shared = true } } do
+      local err = support.assert_code("too_many_locks", conn.lock_all, conn, keys, options)
+      assert.equal("53200", err.sqlstate)
+      assert.is_nil(err.key)
+      assert.equal(1, #conn:locks())
+      assert.equal(1, #conn:query("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'"))
+    end
+    assert.is_true(kept:check())
+    still_works(conn)
+  end)
+
   it_with_servers("row 16, holding: is nothing to a holder", function()
     local lock = conn:lock "x"
     fill_up()
