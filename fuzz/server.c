@@ -29,6 +29,7 @@
 
 enum {
   MAX_KEYS = 16,       /* keys and modes */
+  MAX_SET = 4,         /* keys of one call */
   MAX_STATEMENTS = 8,  /* of a command: what is between two Syncs */
   MAX_COMMANDS = 256,  /* in a run */
   MAX_LOCKS = 8,       /* that the program has a name for */
@@ -58,8 +59,9 @@ static struct {
 struct known {
   uint32_t classid, objid;
   int objsubid;
-  int given_up; /* the latest command that unlocks it, or -1 */
-  int held;     /* by the server's own count */
+  /* The latest command that asks for it, that unlocks it, and whose answer denies it; or -1. */
+  int wanted, given_up, denied;
+  int held; /* by the server's own count */
   bool shared;
   bool believed;  /* the answers that libpq has told say that it is held */
   bool disproved; /* the guard's do not: the client must say so when its operation is over */
@@ -80,10 +82,21 @@ static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool s
   k->objid = objid;
   k->objsubid = objsubid;
   k->shared = shared;
-  k->given_up = -1;
+  k->wanted = k->given_up = k->denied = -1;
   k->believed = k->disproved = false;
   k->held = 0;
   return k;
+}
+
+/* Of one mode, in the order in which the client names them. */
+struct set {
+  struct known *keys[MAX_SET];
+  int count;
+};
+
+static void add(struct set *set, struct known *k) {
+  if (set->count == MAX_SET) finding("more keys at once than there are");
+  set->keys[set->count++] = k;
 }
 
 /* ---- commands: what the client has asked, and what libpq told it ----------------------- */
@@ -109,31 +122,48 @@ struct statement {
   enum kind kind;
   bool executes_prepared;
   char name[32]; /* of the prepared statement */
-  struct known *on;
+  bool array;    /* its keys are one, be it of one key */
+  struct set on;
 };
-
-/* The row of a command: only a statement about a lock has one. */
-enum row { NO_ROW, ROW_NULL, ROW_TRUE, ROW_OTHER };
 
 static struct command {
   struct statement statements[MAX_STATEMENTS];
   int count;
-  bool failed; /* libpq told of an error */
-  enum row row;
+  bool failed;    /* libpq told of an error */
+  bool has_value; /* its row's, which is not NULL: only a statement about locks has one */
+  int length;
+  char value[MAX_SET];
 } commands[MAX_COMMANDS + 1];
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
-static int denials; /* answers that say of a lock that it is not held, so far */
 
 static uint32_t big_endian(const char *bytes) {
   const unsigned char *b = (const unsigned char *)bytes;
   return (uint32_t)b[0] << 24 | (uint32_t)b[1] << 16 | (uint32_t)b[2] << 8 | b[3];
 }
 
-/* The lock that binary parameters name: a 64-bit key is one of them, or for the guard two halves. */
-static struct known *lock_of(const char *const *values, bool halves, bool pair, bool shared) {
-  return know(big_endian(values[0]), big_endian(halves || pair ? values[1] : values[0] + 4),
-              pair ? 2 : 1, shared);
+/* An int8[] in binary form, as array_recv takes it, and how many of the keys in it are no pairs. */
+static void read_array(struct set *on, const char *const *values, const int *lengths, bool shared) {
+  const char *element = values[0] + 20;
+  uint32_t count = big_endian(values[0] + 12), wide = big_endian(values[1]);
+  if (big_endian(values[0]) != 1 || big_endian(values[0] + 4) != 0 ||
+      big_endian(values[0] + 8) != 20 || big_endian(values[0] + 16) != 1 || count == 0 ||
+      lengths[0] != 20 + 12 * (int)count || lengths[1] != 4 || wide > count)
+    finding("an array that is none");
+  for (uint32_t i = 0; i < count; i++, element += 12) {
+    if (big_endian(element) != 8) finding("an element that is no int8");
+    add(on, know(big_endian(element + 4), big_endian(element + 8), i < wide ? 1 : 2, shared));
+  }
+}
+
+/* The keys that binary parameters name: many, or one 64-bit key, or a pair. */
+static void read_keys(struct statement *s, const char *const *values, const int *lengths, bool pair,
+                      bool shared) {
+  if (s->array)
+    read_array(&s->on, values, lengths, shared);
+  else
+    add(&s->on, know(big_endian(values[0]), big_endian(pair ? values[1] : values[0] + 4),
+                     pair ? 2 : 1, shared));
 }
 
 static struct statement *ask(enum kind kind) {
@@ -151,18 +181,27 @@ static void gives_up(struct known *k) {
   k->given_up = asked;
 }
 
-static void ask_prepared(const char *name, const char *const *values) {
+static void note_asked(const struct statement *s) {
+  for (int i = 0; i < s->on.count; i++)
+    if (s->kind == UNLOCK || s->kind == GUARD_UNLOCK)
+      gives_up(s->on.keys[i]);
+    else if (s->kind != LOOK)
+      s->on.keys[i]->wanted = asked;
+}
+
+static void ask_prepared(const char *name, const char *const *values, const int *lengths) {
   struct statement *s = ask(strstr(name, "unlock") != NULL ? UNLOCK
                             : strstr(name, "try") != NULL  ? TRY_LOCK
                                                            : LOCK);
   trace("  command %d asks: %s", asked, name);
   snprintf(s->name, sizeof s->name, "%s", name);
   s->executes_prepared = true;
-  s->on = lock_of(values, false, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL);
-  if (s->kind == UNLOCK) gives_up(s->on);
+  s->array = strstr(name, "_all") != NULL;
+  read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL);
+  note_asked(s);
 }
 
-static void ask_sql(const char *sql, const char *const *values) {
+static void ask_sql(const char *sql, const char *const *values, const int *lengths) {
   static const struct {
     const char *begin;
     enum kind kind;
@@ -176,15 +215,16 @@ static void ask_sql(const char *sql, const char *const *values) {
   if (strstr(sql, "pg_advisory_unlock_all") != NULL)
     s->kind = UNLOCK_ALL;
   else if (strstr(sql, "pg_locks l") != NULL) {
-    s->kind = strstr(sql, "THEN pg_catalog.pg_advisory_unlock") != NULL ? GUARD_UNLOCK : LOOK;
-    s->on = lock_of(values, true, strstr(sql, "l.objsubid OPERATOR(pg_catalog.=) 2") != NULL,
-                    strstr(sql, "'ShareLock'") != NULL);
+    s->kind = strstr(sql, "pg_advisory_unlock") != NULL ? GUARD_UNLOCK : LOOK;
+    s->array = true;
+    read_keys(s, values, lengths, false, strstr(sql, "'ShareLock'") != NULL);
   } else if (strncmp(sql, "/*", 2) == 0) {
     const char *f = strstr(sql, "*/ SELECT");
     if (f == NULL) finding("a comment without an end: %s", sql);
-    s->kind = strstr(f, "try_") != NULL ? TRY_LOCK : LOCK;
-    s->on = lock_of(values, false, strstr(f, "$1,$2)") != NULL,
-                    strstr(f, "_shared(") != NULL);
+    /* Of many keys, what waits no longer than a timeout tries each before it sets that. */
+    s->kind = strstr(f, "try_") != NULL && strstr(f, "lock_timeout") == NULL ? TRY_LOCK : LOCK;
+    s->array = strstr(f, "unnest($1)") != NULL;
+    read_keys(s, values, lengths, strstr(f, "$1,$2)") != NULL, strstr(f, "_shared(") != NULL);
   } else
     for (size_t i = 0; i < sizeof simple / sizeof *simple; i++)
       if (strncmp(sql, simple[i].begin, strlen(simple[i].begin)) == 0) {
@@ -192,24 +232,40 @@ static void ask_sql(const char *sql, const char *const *values) {
         break;
       }
   trace("  command %d asks: %s", asked, sql);
-  if (s->kind == GUARD_UNLOCK) gives_up(s->on);
+  note_asked(s);
   for (int i = 0; s->kind == UNLOCK_ALL && i < known_count; i++) gives_up(&known[i]);
 }
 
-/* What a complete answer of command n says about the lock that it is about. */
+enum said { NOTHING, HELD, NOT_HELD };
+
+/* What a complete answer says of a key of its statement; of one that is unlocked, what it was. */
+static enum said said_of(const struct command *c, const struct statement *s, int key) {
+  if (c->failed || !c->has_value) return NOTHING;
+  switch (s->kind) {
+  case LOCK: /* void, of one key; else true, when it has them all */
+    if (!s->array) return c->length != 1 ? HELD : NOTHING;
+    return c->length == 1 && *c->value == 't' ? HELD : NOTHING;
+  case TRY_LOCK:
+    return c->length != 1 ? NOTHING : *c->value == 't' ? HELD : NOT_HELD;
+  default: /* a mark for each */
+    return c->length != s->on.count ? NOTHING : c->value[key] == 't' ? HELD : NOT_HELD;
+  }
+}
+
 static void conclude(int n) {
   const struct command *c = &commands[n];
-  for (int i = 0; i < c->count && !c->failed; i++) {
-    const struct statement *s = &c->statements[i];
-    if (s->on == NULL) continue;
-    if (s->kind != LOCK && (c->row == ROW_NULL || c->row == ROW_OTHER)) denials++;
-    if (s->on->given_up >= n) continue;
-    if (c->row == ROW_TRUE || (s->kind == LOCK && c->row == ROW_OTHER)) {
-      s->on->believed = true;
-      s->on->disproved = false;
-    } else if (s->kind == LOOK)
-      s->on->disproved = true;
-  }
+  for (const struct statement *s = c->statements; s < c->statements + c->count; s++)
+    for (int i = 0; i < s->on.count; i++) {
+      struct known *k = s->on.keys[i];
+      enum said said = said_of(c, s, i);
+      if (said != NOTHING) k->denied = said == NOT_HELD ? n : -1;
+      if (k->given_up >= n) continue;
+      if (said == HELD) {
+        k->believed = true;
+        k->disproved = false;
+      } else if (said == NOT_HELD && s->kind == LOOK)
+        k->disproved = true;
+    }
 }
 
 /* ---- libpq, watched -------------------------------------------------------------------- */
@@ -291,13 +347,13 @@ int __wrap_PQsendPrepare(PGconn *pg, const char *name, const char *sql, int n, c
 int __wrap_PQsendQueryParams(PGconn *pg, const char *sql, int n, const Oid *types,
                              const char *const *values, const int *lengths, const int *formats,
                              int format) {
-  ask_sql(sql, values);
+  ask_sql(sql, values, lengths);
   return __real_PQsendQueryParams(pg, sql, n, types, values, lengths, formats, format);
 }
 
 int __wrap_PQsendQueryPrepared(PGconn *pg, const char *name, int n, const char *const *values,
                                const int *lengths, const int *formats, int format) {
-  ask_prepared(name, values);
+  ask_prepared(name, values, lengths);
   return __real_PQsendQueryPrepared(pg, name, n, values, lengths, formats, format);
 }
 
@@ -324,10 +380,10 @@ PGresult *__wrap_PQgetResult(PGconn *pg) {
   case PGRES_EMPTY_QUERY:
     break;
   case PGRES_TUPLES_OK:
-    if (PQntuples(result) > 0 && PQnfields(result) > 0)
-      c->row = PQgetisnull(result, 0, 0)                    ? ROW_NULL
-               : strcmp(PQgetvalue(result, 0, 0), "t") == 0 ? ROW_TRUE
-                                                            : ROW_OTHER;
+    if (PQntuples(result) == 0 || PQnfields(result) == 0) break;
+    c->has_value = !PQgetisnull(result, 0, 0);
+    c->length = PQgetlength(result, 0, 0);
+    memcpy(c->value, PQgetvalue(result, 0, 0), (size_t)(c->length < MAX_SET ? c->length : MAX_SET));
     break;
   default:
     c->failed = true;
@@ -561,7 +617,7 @@ static void put_row(const char *value) {
   message_end();
 }
 
-/* The whole answer, or without one message of it, or with that one twice. */
+/* The whole answer, or without one message of it, or with that one twice; lie 3 is put into it. */
 static void answer_say(unsigned lie) {
   int at = answer.count > 0 ? (int)(lie >> 2) % answer.count : 0;
   size_t begin = answer.begins[at], end;
@@ -583,9 +639,11 @@ static struct {
   int savepoints;
   char prepared[32][32];
   int prepared_count;
+  unsigned reached; /* of many keys, how many before the one at which a statement fails */
+  const char *lie;  /* a value that is no answer, or NULL */
 } server;
 
-enum outcome { /* of the statement about a lock */
+enum outcome { /* of the statement about locks */
   SUCCESS,
   REFUSAL,         /* false; the timeout; of others a cancel */
   CANCEL_BEFORE,
@@ -633,30 +691,46 @@ static bool done(const char *tag) {
 
 static bool row(unsigned oid, const char *value) {
   put_description(oid);
-  put_row(value);
+  put_row(server.lie != NULL ? server.lie : value);
   put_tag("SELECT 1");
   return true;
 }
 
+/* How many keys a statement takes effect on: the error of one undoes nothing of those before. */
+static int reach(const struct statement *s, enum outcome outcome) {
+  bool all = outcome == SUCCESS || outcome == CANCEL_AFTER || outcome == TIMEOUT_AFTER;
+  return all ? s->on.count : (int)server.reached % s->on.count;
+}
+
 static bool answer_lock(const struct statement *s, enum outcome outcome) {
-  struct known *k = s->on;
-  bool takes = outcome == SUCCESS || outcome == CANCEL_AFTER || outcome == TIMEOUT_AFTER;
-  if (outcome == REFUSAL && k->held > 0) outcome = SUCCESS; /* its own lock does not hinder it */
-  if (outcome == REFUSAL && s->kind == TRY_LOCK) return row(16, "f");
-  if (outcome == SUCCESS) takes = true;
-  if (takes) k->held++;
+  struct known *const *keys = s->on.keys;
+  int n = reach(s, outcome);
+  if (outcome == REFUSAL) {
+    while (n < s->on.count && keys[n]->held > 0) n++; /* its own lock does not hinder it */
+    if (n == s->on.count)
+      outcome = SUCCESS;
+    else if (s->kind == TRY_LOCK)
+      return row(16, "f"); /* those before have been let go */
+  }
+  for (int i = 0; i < n; i++) keys[i]->held++;
   if (outcome != SUCCESS) return fail(sqlstate_of(outcome));
-  return s->kind == TRY_LOCK ? row(16, "t") : row(2278, "");
+  return s->kind == TRY_LOCK || s->array ? row(16, "t") : row(2278, "");
 }
 
 static bool answer_unlock(const struct statement *s, enum outcome outcome) {
-  struct known *k = s->on;
-  bool fails = outcome != SUCCESS && outcome != REFUSAL, was_held = k->held > 0;
-  if (s->kind == LOOK) return fails ? fail("57014") : row(16, was_held ? "t" : NULL);
-  if ((!fails || outcome == CANCEL_AFTER || outcome == TIMEOUT_AFTER) && was_held) k->held--;
-  if (fails) return fail("57014");
-  if (s->kind == UNLOCK && !was_held) put_error('N', "WARNING", "01000");
-  return row(16, was_held ? "t" : s->kind == UNLOCK ? "f" : NULL);
+  bool fails = outcome != SUCCESS && outcome != REFUSAL;
+  int n = fails ? reach(s, outcome) : s->on.count;
+  char marks[MAX_SET + 1] = "";
+  for (int i = 0; i < n; i++) {
+    struct known *k = s->on.keys[i];
+    marks[i] = k->held > 0 ? 't' : 'f';
+    if (s->kind == LOOK) continue;
+    if (k->held > 0)
+      k->held--;
+    else if (s->kind == UNLOCK)
+      put_error('N', "WARNING", "01000");
+  }
+  return fails ? fail("57014") : row(s->array ? 25 : 16, marks);
 }
 
 /* False: it failed, and the server skips what follows up to the Sync. */
@@ -715,12 +789,17 @@ static bool answer_statement(const struct statement *s, enum outcome outcome) {
   }
 }
 
+static const char *const any_values[] = {"t", "f",  "",   NULL, "true", "T",
+                                         "1", "tt", "ft", "tf", "tft",  "ftff"};
+enum { ANY_VALUES = sizeof any_values / sizeof *any_values };
+
 /* The oldest command that has arrived, if there is one. */
 static bool answer_command(enum outcome outcome, unsigned lie) {
   const struct command *c = &commands[answered];
   char status;
   if (answered >= received) return false;
   answered++;
+  server.lie = !run.honest && (lie & 3) == 3 ? any_values[(lie >> 2) % ANY_VALUES] : NULL;
   for (int i = 0; i < c->count && answer_statement(&c->statements[i], outcome); i++) {}
   message_begin('Z');
   status = server.transaction;
@@ -789,7 +868,6 @@ static void say_end(unsigned which) {
 static void put_any(unsigned which) {
   static const char *const sqlstates[] = {"55P03", "57014", "40P01", "57P01", "25P02", "26000",
                                           "XX000", "53200", "",      "42501", "0A000"};
-  static const char *const values[] = {"t", "f", "", NULL, "true", "T", "1"};
   static const char types[] = "123nIstcvKZ";
   unsigned more = which / 16;
   switch (which % 16) {
@@ -798,7 +876,7 @@ static void put_any(unsigned which) {
     put_error('E', more & 8 ? "FATAL" : "ERROR", sqlstates[more % 11]);
     break;
   case 2:
-    put_row(values[more % 7]);
+    put_row(any_values[more % ANY_VALUES]);
     break;
   case 3:
     put_description(more & 1 ? 16 : 2278);
@@ -901,6 +979,9 @@ static const char *call(const char *where, int arguments) {
   }
   code = harness_error(L, where, true);
   trace(" %s has raised %s", where, *code ? code : lua_tostring(L, -1));
+  /* Only check() says so of a lock that the client has released itself. */
+  if (run.honest && strcmp(code, "not_held") == 0 && strcmp(where, "check") != 0)
+    finding("%s says that the server did not hold a lock", where);
   lua_settop(L, base - 1);
   return code;
 }
@@ -929,21 +1010,30 @@ static void must_be_held(const char *who, const struct known *k) {
             k->objsubid, k->shared ? " shared" : "");
 }
 
-/* The lock at the top. */
-static struct known *known_lock(void) {
-  struct known *k;
+static void all_must_be_held(const char *who, const struct set *set) {
+  for (int i = 0; i < set->count; i++) must_be_held(who, set->keys[i]);
+}
+
+/* The keys of the lock at the top. */
+static struct set known_lock(void) {
+  struct set set = {.count = 0};
   bool shared;
-  lua_getfield(L, -1, "shared");
+  int keys = lua_gettop(L) + 1;
+  lua_getfield(L, -1, "keys");
+  lua_getfield(L, -2, "shared");
   shared = lua_toboolean(L, -1);
-  lua_getfield(L, -2, "key");
-  k = known_key(lua_gettop(L), shared);
-  lua_pop(L, 2);
-  return k;
+  for (int i = 1; i <= (int)lua_rawlen(L, keys); i++) {
+    lua_rawgeti(L, keys, i);
+    add(&set, known_key(lua_gettop(L), shared));
+  }
+  if (set.count == 0) finding("a lock without keys");
+  lua_settop(L, keys - 1);
+  return set;
 }
 
 /* True if it says so; the lock at the top is popped. */
 static bool ask_held(void) {
-  struct known *k = known_lock();
+  struct set set = known_lock();
   bool held;
   lua_getfield(L, LOCK_METHODS, "held");
   lua_insert(L, -2);
@@ -951,7 +1041,7 @@ static bool ask_held(void) {
   held = lua_toboolean(L, -1);
   lua_pop(L, 1);
   if (held) {
-    must_be_held("held()", k);
+    all_must_be_held("held()", &set);
     if (peer < 0 && !run.busy) finding("held() is true after the end of the session");
   }
   return held;
@@ -968,9 +1058,10 @@ static bool take_lock(bool attempt, unsigned slot) {
   lua_getfield(L, -1, "acquired");
   acquired = lua_toboolean(L, -1);
   lua_pop(L, 1);
-  if (acquired)
-    must_be_held("an acquire", known_lock());
-  else if (!attempt)
+  if (acquired) {
+    struct set set = known_lock();
+    all_must_be_held("an acquire", &set);
+  } else if (!attempt)
     finding("a lock that is not acquired");
   lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
   return acquired;
@@ -982,6 +1073,19 @@ static bool is_refusal(const char *code) {
   for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
     if (strcmp(code, codes[i]) == 0) return true;
   return false;
+}
+
+/* The last word about every key that was asked for since command `since` must be that it is not
+ * held. */
+static void must_be_denied(const char *who, int since) {
+  bool any = false;
+  for (const struct known *k = known; k < known + known_count; k++) {
+    any = any || k->denied >= since;
+    if (k->wanted >= since && k->denied < k->wanted)
+      finding("%s says refused of a lock that was not denied: %u %u %d%s", who, k->classid,
+              k->objid, k->objsubid, k->shared ? " shared" : "");
+  }
+  if (!any) finding("%s says refused, and nothing was denied", who);
 }
 
 /* Drives what was begun to its end. */
@@ -1044,6 +1148,17 @@ static void push_key(unsigned which) {
   }
 }
 
+/* A list of the keys whose bits are set, not in the order in which they are locked; without a bit,
+ * of one key, twice. */
+static void push_keys(unsigned which) {
+  lua_createtable(L, MAX_SET, 0);
+  for (unsigned i = 0; i < MAX_SET; i++)
+    if (which >> i & 1 || (which == 0 && i < 2)) {
+      push_key(which == 0 ? 0 : i);
+      lua_rawseti(L, -2, (int)lua_rawlen(L, -2) + 1);
+    }
+}
+
 static void push_options(unsigned what) {
   static const double timeouts[] = {0, 0.5, 1000};
   lua_createtable(L, 0, 3);
@@ -1057,13 +1172,17 @@ static void push_options(unsigned what) {
   lua_setfield(L, -2, "comment");
 }
 
-static void acquire(const char *name, unsigned what) {
+static void acquire(const char *verb, unsigned what) {
   unsigned slot = input_byte();
-  bool attempt = strcmp(name, "attempt") == 0, blocks = slot & 64 && !run.scheduled;
-  int denials_before = denials;
+  bool attempt = strcmp(verb, "attempt") == 0, blocks = slot & 64 && !run.scheduled;
+  bool many = slot & 32 && !attempt;
+  int since = asked;
+  char name[16];
   const char *code;
+  snprintf(name, sizeof name, "%s%s", verb, many ? "_all" : "");
   push_call(!blocks ? START : attempt ? CORE : CONNECTION_METHODS, name);
-  push_key(what >> 4);
+  if (many) push_keys(what >> 4);
+  else push_key(what >> 4);
   push_options(what);
   if (blocks) {
     bool was_busy = run.busy;
@@ -1073,8 +1192,7 @@ static void acquire(const char *name, unsigned what) {
     if (code == NULL && was_busy) finding("%s goes on inside another operation", name);
   } else
     code = complete(name, call(name, 3));
-  if ((code != NULL ? is_refusal(code) : !take_lock(attempt, slot)) && denials == denials_before)
-    finding("%s says refused of a lock that was not denied", name);
+  if (code != NULL ? is_refusal(code) : !take_lock(attempt, slot)) must_be_denied(name, since);
   lua_settop(L, TOP);
 }
 
@@ -1104,12 +1222,12 @@ static void release(unsigned slot) {
 }
 
 static void check(unsigned slot) {
-  struct known *k;
+  struct set set;
   if (!push_lock(slot)) return;
-  k = known_lock();
+  set = known_lock();
   lua_getfield(L, START, "check");
   lua_insert(L, -2);
-  if (complete("check", call("check", 1)) == NULL) must_be_held("check()", k);
+  if (complete("check", call("check", 1)) == NULL) all_must_be_held("check()", &set);
   lua_settop(L, TOP);
 }
 
@@ -1208,6 +1326,12 @@ static void call_simple(int table, const char *name) {
 
 /* ---- the program ----------------------------------------------------------------------- */
 
+static enum outcome input_outcome(void) {
+  unsigned n = input_byte();
+  server.reached = n >> 3 & 3;
+  return cancel_arrived && n & 64 ? CANCEL_BEFORE : (enum outcome)(n % OUTCOMES);
+}
+
 /* One instruction: of the client, or of the server. */
 static void instruct(void) {
   unsigned op = input_byte() % 40;
@@ -1303,19 +1427,19 @@ static void instruct(void) {
   case 30:
   case 31:
   case 32:
-  case 33:
+    answer_command(SUCCESS, 0);
+    break;
+  case 33: /* somebody unlocks what the client holds, which an honest server does not do */
+    if (!run.honest && known_count > 0) known[input_byte() % (unsigned)known_count].held = 0;
     answer_command(SUCCESS, 0);
     break;
   case 34:
-  case 35: {
-    unsigned outcome = input_byte();
-    if (cancel_arrived && outcome & 64) outcome = CANCEL_BEFORE;
-    answer_command((enum outcome)(outcome % OUTCOMES), 0);
+  case 35:
+    answer_command(input_outcome(), 0);
     break;
-  }
   case 36: {
-    unsigned outcome = input_byte();
-    answer_command((enum outcome)(outcome % OUTCOMES), input_byte());
+    enum outcome outcome = input_outcome();
+    answer_command(outcome, input_byte());
     break;
   }
   case 37:
@@ -1476,7 +1600,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   memset(&server, 0, sizeof server);
   memset(commands, 0, sizeof *commands);
   server.transaction = 'I';
-  known_count = asked = received = answered = told = denials = thread_count = 0;
+  known_count = asked = received = answered = told = thread_count = 0;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = false;
