@@ -401,10 +401,28 @@ static const char *call(const char *where, int arguments, bool argument) {
   return harness_error(L, where, argument);
 }
 
-/* A number of arguments, of which the first are a key and options. */
-static int push_arguments(void) {
+/* A list of keys, or nearly so; now and then anything else. */
+static void push_keys(void) {
+  unsigned n = input_byte();
+  if (n >= 240) {
+    push_value(0);
+    return;
+  }
+  lua_newtable(L);
+  for (int i = 1; i <= (int)(n % 5); i++) {
+    push_value(1);
+    lua_rawseti(L, -2, i);
+  }
+  if (n < 220) return;
+  push_value(1);
+  lua_setfield(L, -2, "n");
+}
+
+/* A number of arguments, of which the first are a key, or many, and options. */
+static int push_arguments(bool many) {
   unsigned n = input_byte() % 8;
-  push_value(0);
+  if (many) push_keys();
+  else push_value(0);
   if (n < 4)
     push_options();
   else
@@ -472,37 +490,63 @@ static void call_key(void) {
   if (call_copied(CORE, "check", first, 2) != NULL) finding("check() and key() disagree");
 }
 
-/* What check() takes, a connection that is closed refuses as such, and nothing else. */
+/* check_all() takes a list of what check() takes, and nothing else. */
+static void check_keys(int keys, int how, bool taken) {
+  int count = lua_istable(L, keys) ? (int)lua_rawlen(L, keys) : 0, found = 0;
+  bool each = true;
+  if (lua_istable(L, keys))
+    for (lua_pushnil(L); lua_next(L, keys); lua_pop(L, 1)) found++;
+  for (int i = 1; i <= count; i++) {
+    push_field(CORE, "check");
+    lua_rawgeti(L, keys, i);
+    lua_pushvalue(L, how);
+    each = call("check", 2, true) == NULL && each;
+  }
+  if (taken != (each && count > 0 && found == count))
+    finding("check_all() %s %d keys", taken ? "takes" : "refuses", count);
+}
+
+/* What check() takes, or check_all(), a connection that is closed refuses as such, and nothing
+ * else. */
 static void call_method(void) {
-  static const char *const methods[] = {"lock", "try_lock", "with_lock", "try_with_lock"};
+  static const struct {
+    const char *name;
+    bool many, with; /* with: it takes a function */
+  } methods[] = {{"lock", false, false},          {"try_lock", false, false},
+                 {"with_lock", false, true},      {"try_with_lock", false, true},
+                 {"lock_all", true, false},       {"try_lock_all", true, false},
+                 {"with_lock_all", true, true},   {"try_with_lock_all", true, true}};
   size_t method = input_byte() % LENGTH(methods);
+  const char *name = methods[method].name;
   int first = lua_gettop(L) + 1, arguments;
   const char *checked, *code;
   lua_pushnil(L); /* another than the one that a call may have collected */
   lua_setfield(L, LUA_REGISTRYINDEX, CONNECTION);
   push_closed_connection();
-  arguments = push_arguments();
-  checked = call_copied(CORE, "check", first + 1, 2);
+  arguments = push_arguments(methods[method].many);
+  checked = call_copied(CORE, methods[method].many ? "check_all" : "check", first + 1, 2);
+  if (methods[method].many) check_keys(first + 1, first + 2, checked == NULL);
   lua_settop(L, first + arguments);
-  lua_getfield(L, first, methods[method]);
+  lua_getfield(L, first, name);
   lua_insert(L, first);
-  code = call(methods[method], arguments + 1, true);
-  if (code == NULL) finding("%s returns on a closed connection", methods[method]);
+  code = call(name, arguments + 1, true);
+  if (code == NULL) finding("%s returns on a closed connection", name);
   if (*code == '\0') {
-    if (checked == NULL && method < 2)
-      finding("%s refuses what check() takes: %s", methods[method], lua_tostring(L, -1));
-  } else if (checked != NULL && strcmp(checked, code) != 0 && method < 2)
-    finding("%s takes what check() refuses", methods[method]);
+    if (checked == NULL && !methods[method].with)
+      finding("%s refuses what may be locked: %s", name, lua_tostring(L, -1));
+  } else if (checked != NULL && strcmp(checked, code) != 0 && !methods[method].with)
+    finding("%s takes what may not be locked", name);
   else if (strcmp(code, "closed") != 0 && strcmp(code, "user") != 0)
-    finding("%s on a closed connection raises %s", methods[method], code);
+    finding("%s on a closed connection raises %s", name, code);
 }
 
 static void call_of_module(void) {
-  static const char *const names[] = {"lock",          "try_lock", "with_lock",
-                                      "try_with_lock", "wrap",     "advisory_lock"};
+  static const char *const names[] = {
+      "lock",     "try_lock",     "with_lock",     "try_with_lock",     "wrap",
+      "lock_all", "try_lock_all", "with_lock_all", "try_with_lock_all", "advisory_lock"};
   const char *name = PICK(names), *code;
   push_field(PGLOCKS, name);
-  code = call(name, push_arguments(), true);
+  code = call(name, push_arguments(strstr(name, "_all") != NULL), true);
   /* A timeout of next to nothing is over before anybody has refused the connection. */
   if (code == NULL && strcmp(name, "wrap") != 0 &&
       (lua_type(L, -1) != LUA_TSTRING || strcmp(lua_tostring(L, -1), "timeout") != 0))
