@@ -37,14 +37,16 @@ function COMMANDS.count(pair, count)
   return count
 end
 
---- Serves until the end of the input. server_pid is that of the server's process.
-function worker.serve(server_pid, pair)
+--- Serves until the end of the input. server_pid is that of the server's process; finish(), where it
+--- is given, waits for what pairs have left under way.
+function worker.serve(server_pid, pair, finish)
   print(("ready %d"):format(server_pid))
   io.stdout:flush()
   for line in io.lines() do
     local command, argument = line:match "^(%l+) (%d+)$"
     local began, cpu = now(), os.clock()
     local count = COMMANDS[command](pair, tonumber(argument))
+    if finish then finish() end
     print(("%d %.6f %.6f"):format(count, now() - began, os.clock() - cpu))
     io.stdout:flush()
   end
