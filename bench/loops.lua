@@ -56,26 +56,20 @@ local function measure_pairs(candidate)
   return result
 end
 
-local function list_of(results, field)
-  local list = {}
-  for round, result in ipairs(results) do list[round] = result[field] end
-  return list
-end
-
 local function compare_pairs()
   local found = numbers.rounds(CANDIDATES, ROUNDS, measure_pairs)
   local rows = { { "", "pairs/s", "ratio", "min..max", "own CPU us/pair", "ratio" } }
   for _, candidate in ipairs(CANDIDATES) do
     local base = found["blocking, " .. candidate:match "%w+$"]
     local own = found[candidate]
-    local ratio, spread = numbers.ratio(list_of(own, "rate"), list_of(base, "rate"))
+    local ratio, spread = numbers.ratio(numbers.list(own, "rate"), numbers.list(base, "rate"))
     rows[#rows + 1] = {
       candidate,
-      numbers.whole(numbers.median(list_of(own, "rate"))),
+      numbers.whole(numbers.median(numbers.list(own, "rate"))),
       ("%.2f"):format(ratio),
       spread,
-      ("%.1f"):format(numbers.median(list_of(own, "cpu")) * 1e6),
-      ("%.2f"):format((numbers.ratio(list_of(own, "cpu"), list_of(base, "cpu")))),
+      ("%.1f"):format(numbers.median(numbers.list(own, "cpu")) * 1e6),
+      ("%.2f"):format((numbers.ratio(numbers.list(own, "cpu"), numbers.list(base, "cpu")))),
     }
   end
   numbers.print_table("Pairs on one connection; ratio: to blocking with the same release", rows)

@@ -292,20 +292,14 @@ local function measure_loops(nginx, clients)
   end)
 end
 
-local function list_of(results, field, factor)
-  local list = {}
-  for place, result in ipairs(results) do list[place] = result[field] * (factor or 1) end
-  return list
-end
-
 local HEAD = { "", "pairs/s", "ratio", "min..max", "p50 us", "p99 us", "worker us/pair", "ratio", "failed" }
 
 local function print_pairs(title, results)
   local rows = { HEAD }
   for _, name in ipairs(WAYS) do
     local own, base = results[name], results.cosocket
-    local rates = list_of(own, "rate")
-    local ratio, spread = numbers.ratio(list_of(own, "rate"), list_of(base, "rate"))
+    local rates = numbers.list(own, "rate")
+    local ratio, spread = numbers.ratio(numbers.list(own, "rate"), numbers.list(base, "rate"))
     local failed = 0
     for _, result in ipairs(own) do failed = failed + result.failed end
     rows[#rows + 1] = {
@@ -313,10 +307,10 @@ local function print_pairs(title, results)
       whole(numbers.median(rates)),
       ("%.2f"):format(ratio),
       spread,
-      whole(numbers.median(list_of(own, "p50_us"))),
-      whole(numbers.median(list_of(own, "p99_us"))),
-      ("%.1f"):format(numbers.median(list_of(own, "cpu", 1e-3))),
-      ("%.2f"):format((numbers.ratio(list_of(own, "cpu"), list_of(base, "cpu")))),
+      whole(numbers.median(numbers.list(own, "p50_us"))),
+      whole(numbers.median(numbers.list(own, "p99_us"))),
+      ("%.1f"):format(numbers.median(numbers.list(own, "cpu", 1e-3))),
+      ("%.2f"):format((numbers.ratio(numbers.list(own, "cpu"), numbers.list(base, "cpu")))),
       whole(failed),
     }
   end
