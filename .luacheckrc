@@ -9,5 +9,7 @@ local scopes = { std = "lua54+busted", ignore = { "211" } }
 files["spec"] = { std = "max+busted" }
 files["spec/lua54"] = scopes
 files["demo"] = scopes
+files["bench/parts"] = { std = "lua54" }
+files["bench/workers.lua"] = { std = "lua54" }
 files["lua/pglocks/scheduler/nginx.lua"] = { std = "ngx_lua" }
 files["lua/resty"] = { std = "ngx_lua" }

@@ -29,7 +29,7 @@ runtimes := $(if $(wildcard $(LUA_INCDIR)/lua.h),5.4) $(if $(wildcard $(LUAJIT_I
 runtimes := $(or $(strip $(runtimes)),5.4)
 
 .PHONY: all demo test test-servers test-libpq long contended stress fuzz lint sanitizers sanitize \
-        valgrind rock bench-nginx bench-loops clean help
+        valgrind rock bench bench-plot bench-nginx bench-loops clean help
 all: $(runtimes:%=build/%/pglocks/core.so) $(runtimes:%=build/%/alloc) $(runtimes:%=build/%/process.so) \
      build/failing_malloc.so build/jumping_clock.so
 
@@ -177,6 +177,26 @@ rock:
 	@tools/try-rock 5.4 $(LUA) PQ_INCDIR=$(PQ_INCDIR)
 	@tools/try-rock jit $(LUAJIT) PQ_INCDIR=$(PQ_INCDIR) LUA_INCDIR=$(LUAJIT_INCDIR)
 
+# SHORT=1 for a glance, ONLY=part for one part. The worker of redis needs hiredis, which may be missing.
+bench:
+	@tools/install-deps bench
+	@$(MAKE) -s --no-print-directory $(runtimes:%=build/%/pglocks/core.so) build/bench/c build/bench/delay
+	@$(MAKE) -s --no-print-directory build/bench/redis 2>/dev/null || rm -f build/bench/redis
+	@tools/with-postgres tools/lua 5.4 bench/run.lua
+
+build/bench/c: LIBRARIES = -lpq
+build/bench/redis: LIBRARIES = -lhiredis
+build/bench/%: bench/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -D_GNU_SOURCE $(STANDARD) $(WARNINGS) $(CFLAGS) -I$(PQ_INCDIR) $(LDFLAGS) -o $@ $< $(LIBRARIES)
+
+build/bench/%: bench/peers/%.c Makefile
+	@mkdir -p $(@D)
+	$(CC) -D_GNU_SOURCE $(STANDARD) $(WARNINGS) $(CFLAGS) $(LDFLAGS) -o $@ $< $(LIBRARIES)
+
+bench-plot: # of what `make bench` has left
+	@gnuplot bench/plot.gp
+
 # SHORT=1 for a glance; see bench/nginx/run.lua for more.
 bench-nginx:
 	@tools/install-deps test
@@ -210,6 +230,8 @@ help:
 	@echo "make valgrind   run the specs under valgrind"
 	@echo "make fuzz       feed arbitrary arguments, and a server that lies; FUZZ_SECONDS=60"
 	@echo "make rock       build and load the rock, for both"
+	@echo "make bench      compare with C by hand and with other libraries; SHORT=1 ONLY=part"
+	@echo "make bench-plot  draw what make bench has measured, into build/bench/"
 	@echo "make bench-nginx  compare with a plain cosocket inside nginx; SHORT=1 ONLY=part"
 	@echo "make bench-loops  compare event loops with blocking, and wait in many coroutines; SHORT=1 RUNTIMES=5.4|jit"
 	@echo "make clean      remove build/"
