@@ -80,7 +80,7 @@ end
 function numbers.print_table(title, rows)
   local widths = {}
   for _, row in ipairs(rows) do
-    for column, cell in ipairs(row) do widths[column] = math.max(widths[column] or 0, #cell) end
+    for column, cell in ipairs(row) do widths[column] = math.max(widths[column] or 1, #cell) end
   end
   print(("\n%s"):format(title))
   for _, row in ipairs(rows) do

@@ -180,30 +180,24 @@ local TOOLS = {
   },
 }
 
-local function begin_count(tool, candidate, conninfo, count)
+local function count_all(tool, candidate, conninfo, pairs_wanted)
   -- tools/lua is a shell script, and puts it before the interpreter.
   local form = candidate.command[1] == "tools/lua" and "PGLOCKS_UNDER='%s' %s '%s' %s" or "%s %s '%s' %s"
   local program = table.concat(candidate.command, " ")
   local command = form:format(tool.under, program, conninfo, candidate.variant or "")
-  return assert(io.popen(("echo count %d | %s 2>&1 >/dev/null"):format(count, command)))
-end
-
-local function end_count(tool, pipe)
-  local said = pipe:read "*a"
-  pipe:close()
+  local said = workers.shell(("echo count %d | { %s 2>&1 >/dev/null; }"):format(pairs_wanted, command))
   return tonumber(said:match(tool.total))
 end
 
 --- What a pair takes: system calls (`strace`) or instructions of the client (`valgrind`). It is the
---- difference of two runs, so that the start does not count.
+--- difference of two runs, so that the start does not count. nil where the tool does not work.
 function workers.count(name, candidate, conninfo)
   local tool = TOOLS[name]
-  local short = begin_count(tool, candidate, conninfo, tool.least)
-  local long = begin_count(tool, candidate, conninfo, tool.most)
-  local least, most = end_count(tool, short), end_count(tool, long)
-  if not least or not most then return nil end -- strace is not allowed everywhere
-  local each = (most - least) / (tool.most - tool.least)
-  return math.floor(each * 10 + 0.5) / 10 -- the allocator's calls now and then are none of a pair
+  if not workers.has(name) then return nil end
+  local least = count_all(tool, candidate, conninfo, tool.least)
+  local most = count_all(tool, candidate, conninfo, tool.most)
+  local each = least and most and (most - least) / (tool.most - tool.least)
+  return each and math.floor(each * 10 + 0.5) / 10 -- the allocator's calls now and then are none of a pair
 end
 
 -- ---- processes --------------------------------------------------------------------------

@@ -30,7 +30,7 @@ local function measure_leaks(bench)
   local crew = workers.start(candidates.all("Lua 5.4 shared", "LuaJIT shared"), bench.conninfo)
   local rows = { { "", "KB before", ("after %s pairs"):format(numbers.whole(count)) } }
   for place, worker in ipairs(crew) do bench.place({ worker }, place == 1 and "same" or "other") end
-  workers.ask_all(crew, ("count %d"):format(count // 10)) -- until its collector has found its pace
+  workers.ask_all(crew, ("count %d"):format(count // 4)) -- until the collector has found its pace
   for place, worker in ipairs(crew) do rows[place + 1] = { worker.name, kilobytes(worker.pid) } end
   workers.ask_all(crew, ("count %d"):format(count))
   for place, worker in ipairs(crew) do rows[place + 1][3] = kilobytes(worker.pid) end

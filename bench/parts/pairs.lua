@@ -60,7 +60,7 @@ local function count(bench)
   for _, candidate in ipairs(list) do
     local counted = {}
     for _, tool in ipairs { "strace", "valgrind" } do
-      counted[tool] = workers.has(tool) and workers.count(tool, candidate, bench.conninfo) or nil
+      counted[tool] = workers.count(tool, candidate, bench.conninfo)
     end
     counts[candidate.name] = counted
   end
