@@ -67,5 +67,5 @@ return function(bench)
       }
     end
   end
-  bench.report("contention", "Processes that take turns at one key; C poll: that try it again after 50 ms", rows)
+  bench.report("contention", "Processes that take turns at one key, or try it every 50 ms (poll)", rows)
 end
