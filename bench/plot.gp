@@ -2,8 +2,10 @@
 
 folder = "build/bench/"
 set datafile separator comma
-set terminal svg size 900,600 font "sans-serif,13" background "white"
+set datafile missing NaN # a line goes on past the rows of others
+set terminal svg size 900,600 font "sans-serif,13" background "white" noenhanced
 set style fill solid 0.6 noborder
+set boxwidth 0.7
 set grid
 set key top left
 
@@ -11,23 +13,26 @@ is_there(name) = int(system("test -e " . folder . name . ".csv && echo 1 || echo
 csv(name) = folder . name . ".csv"
 svg(name) = folder . name . ".svg"
 
-# Bars from left to right, with the quartiles of each.
+set xtics rotate by -45
+set yrange [0:*]
+set bmargin 9
+set rmargin 12
+
+# With the quartiles of each.
 do for [name in "pairs-same pairs-cross pairs-tcp"] {
   if (is_there(name)) {
     set output svg(name)
-    set title "Pairs a second, as a ratio to C text (" . name . ")"
-    set xtics rotate by -45
-    set yrange [0:*]
-    set bmargin 9
+    set title "Pairs a second, to C text (" . name . ")"
     plot csv(name) every ::1 using 0:3:xtic(1) with boxes notitle, \
-         csv(name) every ::1 using 0:3:4:5 with yerrorbars notitle linecolor "black" pointtype 0
+         csv(name) every ::1 using 0:3:4:5 with yerrorbars notitle linecolor "black" pointsize 0
     unset output
   }
 }
 
 if (is_there("network")) {
   set output svg("network")
-  set title "Pairs a second over a network, as a ratio to C text"
+  set title "Pairs a second over a network, to C text"
+  set boxwidth
   set style data histogram
   plot csv("network") every ::1 using 3:xtic(1) title "0 ms", "" every ::1 using 5 title "1 ms", \
        "" every ::1 using 7 title "10 ms"
@@ -35,6 +40,7 @@ if (is_there("network")) {
 }
 
 unset bmargin
+unset rmargin
 set xtics norotate
 set logscale x
 

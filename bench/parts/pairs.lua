@@ -78,7 +78,7 @@ return function(bench)
   local crew, missing = workers.start(everybody, bench.conninfo)
   for _, placement in ipairs { "same", "cross" } do
     bench.place(crew, placement)
-    found[placement] = workers.measure(crew, "run 25", bench.rounds(60))
+    found[placement] = workers.measure(crew, "run 25", bench.rounds(50))
   end
   workers.stop(crew)
   stop_redis()
@@ -89,7 +89,7 @@ return function(bench)
   local list = candidates.all("C text", "C binary", "Lua 5.4 confirmed", "LuaJIT confirmed")
   crew = workers.start(list, bench.tcp())
   bench.place(crew, "same")
-  found.tcp = workers.measure(crew, "run 25", bench.rounds(80))
+  found.tcp = workers.measure(crew, "run 25", bench.rounds(60))
   workers.stop(crew)
   report(bench, "pairs-tcp", "Pairs over TCP, client and server on one CPU", crew, found.tcp)
 end
