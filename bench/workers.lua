@@ -155,7 +155,7 @@ function workers.measure(crew, command, rounds)
   local function ask(worker)
     return worker:ask(type(command) == "function" and command(worker) or command)
   end
-  for _, worker in ipairs(crew) do ask(worker) end -- to warm up
+  if rounds > 1 then numbers.rounds(crew, 1, ask) end -- to warm up
   local measured = {}
   for worker, answers in pairs(numbers.rounds(crew, rounds, ask)) do
     measured[worker.name] = { rate = numbers.list(answers, "rate"), cpu = numbers.list(answers, "cpu") }
