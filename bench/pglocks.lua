@@ -62,10 +62,6 @@ end
 
 --- The same in one call each.
 function variants.all()
-  if not conn.lock_all then
-    io.stderr:write "pglocks has no lock_all\n"
-    os.exit(3)
-  end
   local keys = {}
   for n = 1, size do keys[n] = n end
   return function() conn:lock_all(keys):release() end

@@ -38,10 +38,10 @@ struct statement {
 #define ON_EACH(f)                                                                               \
   "CASE WHEN k.i OPERATOR(pg_catalog.<=) $2 THEN pg_catalog." f "(k.key)"                        \
   " ELSE pg_catalog." f "(" PAIR_HIGH "," PAIR_LOW ") END"
-/* 't' and 'f', one for each key. */
-#define MARKS(cases)                                                                             \
-  "SELECT pg_catalog.string_agg(CASE " cases " THEN 't' ELSE 'f' END,''"                         \
-  " ORDER BY k.i) FROM " KEYS
+/* 't' and 'f', one for each key. Where only the keys are read they come in their order; to sort them
+ * would take as long as to unlock them. */
+#define MARKS(cases, order)                                                                      \
+  "SELECT pg_catalog.string_agg(CASE " cases " THEN 't' ELSE 'f' END,''" order ") FROM " KEYS
 /* lock_timeout counts anew for every key, so each that has to wait gets what remains of $3. */
 #define REMAINING                                                                                \
   "GREATEST(1,pg_catalog.ceil($3::pg_catalog.float8 OPERATOR(pg_catalog.-)"                      \
@@ -62,7 +62,7 @@ struct statement {
   " WHERE k.i OPERATOR(pg_catalog.<) busy.i) IS NULL END"                                        \
   " FROM (SELECT (SELECT k.i FROM " KEYS " WHERE NOT " ON_EACH("pg_try_advisory_lock" mode)      \
   " LIMIT 1) OFFSET 0) busy(i)"
-#define UNLOCK_ALL_SQL(mode) MARKS("WHEN " ON_EACH("pg_advisory_unlock" mode))
+#define UNLOCK_ALL_SQL(mode) MARKS("WHEN " ON_EACH("pg_advisory_unlock" mode), "")
 
 /* Everything is qualified: a role that may create functions must not hijack a lock. */
 static const struct statement statements[STATEMENTS] = {
@@ -87,7 +87,7 @@ static const struct statement statements[STATEMENTS] = {
  * write a warning to the server's log at every ordinary timeout. */
 #define UINT32(n) "((" n " OPERATOR(pg_catalog.&) 4294967295)::pg_catalog.oid)"
 #define GUARD_SQL(held, mode)                                                                    \
-  MARKS("WHEN l.pid IS NULL THEN 'f' WHEN " held)                                                \
+  MARKS("WHEN l.pid IS NULL THEN 'f' WHEN " held, " ORDER BY k.i")                               \
   " LEFT JOIN pg_catalog.pg_locks l"                                                             \
   " ON l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()"                                 \
   " AND l.locktype OPERATOR(pg_catalog.=) 'advisory' AND l.granted"                              \
@@ -124,10 +124,7 @@ static struct command *command_begin(struct session *s) {
     session_lose(s, LOST, "", "out of memory");
     return NULL;
   }
-  memset(c, 0, offsetof(struct command, answer));
-  c->answer.failed = false;
-  c->answer.value = NO_VALUE;
-  c->answer.failure.code = NO_ERROR;
+  memset(c, 0, offsetof(struct command, answer.failure));
   c->statement = NO_STATEMENT;
   return c;
 }
@@ -245,6 +242,18 @@ static struct command *command_about(struct session *s, const struct chain *chai
   return c;
 }
 
+/* A comment is of one call: such a statement is not worth preparing. Apart, so that its buffers do not
+ * spread the stack of those that are. */
+__attribute__((noinline)) static bool send_unprepared(struct session *s, const char *comment,
+                                                      const char *statement,
+                                                      const struct parameters *p) {
+  char sql[SQL_SIZE], own[SQL_SIZE];
+  int length = snprintf(sql, sizeof sql, "%s%s", comment != NULL ? comment : "",
+                        in_own_session(s, statement, own));
+  return length > 0 && (size_t)length < sizeof sql &&
+         PQsendQueryParams(s->pg, sql, p->n, p->types, p->values, p->lengths, p->formats, 0);
+}
+
 void command_statement(struct session *s, enum verb verb, const struct chain *chain,
                        const char *milliseconds, const char *comment) {
   const struct holding *h = chain->first;
@@ -274,13 +283,8 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
   if (prepared)
     written = written &&
               PQsendQueryPrepared(s->pg, name, p.n, p.values, p.lengths, p.formats, 0);
-  else { /* a comment is of one call: such a statement is not worth preparing */
-    char sql[SQL_SIZE], own[SQL_SIZE];
-    int length = snprintf(sql, sizeof sql, "%s%s", comment != NULL ? comment : "",
-                          in_own_session(s, statements[id].sql, own));
-    written = written && length > 0 && (size_t)length < sizeof sql &&
-              PQsendQueryParams(s->pg, sql, p.n, p.types, p.values, p.lengths, p.formats, 0);
-  }
+  else
+    written = written && send_unprepared(s, comment, statements[id].sql, &p);
   command_end(s, c, written && send_after(s));
 }
 
@@ -430,7 +434,8 @@ static void command_answered(struct session *s, struct command *c) {
     holdings_answered(s, c);
   } else if (!c->abandoned && s->op.kind != NULL) {
     s->op.unanswered--;
-    s->op.answer = c->answer;
+    memcpy(&s->op.answer, &c->answer, offsetof(struct answer, failure));
+    if (c->answer.failed) s->op.answer.failure = c->answer.failure;
   }
   command_recycle(s, c);
   if (fatal)
@@ -478,6 +483,8 @@ static void take_result(struct session *s, PGresult *result) {
   PQclear(result);
 }
 
+/* PQisBusy looks at all that has arrived, a notice of the session's end too: so it is asked also where
+ * no answer is awaited. */
 static void take_results(struct session *s) {
   bool again = true; /* after each query's results libpq says NULL once */
   while (s->pg != NULL && !PQisBusy(s->pg) && s->oldest != NULL) {

@@ -19,12 +19,12 @@
 #define MAGIC 0x70676c63u
 
 struct conninfo {
-  uint32_t magic;
+  struct tag tag;
   PQconninfoOption *options;
 };
 
 struct connection {
-  uint32_t magic;
+  struct tag tag;
   struct session *session; /* NULL: closed before it was open */
 };
 
@@ -56,8 +56,7 @@ static void raise_error(lua_State *L, enum code code, const char *message) {
   lua_error(L);
 }
 
-struct session *connection_ready(lua_State *L, int index) {
-  struct session *s = connection_check(L, index);
+void connection_ready(lua_State *L, int index, struct session *s) {
   if (session_is_foreign(s))
     raise_error(L, FORKED, "this connection belongs to the parent process");
   connection_tell_loss(L, index, s);
@@ -68,7 +67,6 @@ struct session *connection_ready(lua_State *L, int index) {
     lua_error(L);
   }
   if (s->state != SESSION_OPEN) raise_error(L, CLOSED, "this connection is closed");
-  return s;
 }
 
 /* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. The
@@ -160,7 +158,7 @@ static int awaits(lua_State *L) {
 /* Stands for the coroutine that drives an operation. When it is closed or collected before the
  * operation has come to its end, that coroutine was closed, failed or was left alone. */
 struct waiter {
-  uint32_t magic;
+  struct tag tag;
   struct session *session; /* NULL: none yet, or over */
   unsigned long operation; /* its number */
 };
@@ -168,9 +166,8 @@ struct waiter {
 /* waiter(): made before the operation is begun, so that nothing can go wrong afterwards. */
 static int waiter(lua_State *L) {
   struct waiter *w = new_userdata(L, sizeof *w);
-  w->magic = MAGIC;
   w->session = NULL;
-  luaL_setmetatable(L, WAITER_TYPE);
+  tag_userdata(L, WAITER_TYPE, MAGIC);
   return 1;
 }
 
@@ -186,7 +183,7 @@ static int await(lua_State *L) {
 }
 
 static int waiter_end(lua_State *L) {
-  struct waiter *w = test_userdata(L, 1, WAITER_TYPE, sizeof *w, MAGIC);
+  struct waiter *w = test_userdata(L, 1, sizeof *w, MAGIC);
   struct session *s = w != NULL ? w->session : NULL;
   if (s == NULL) return 0;
   w->session = NULL;
@@ -198,7 +195,7 @@ static int waiter_end(lua_State *L) {
 /* ---- watches --------------------------------------------------------------------------- */
 
 struct watch {
-  uint32_t magic;
+  struct tag tag;
   int fd;
 };
 
@@ -207,9 +204,8 @@ struct watch {
 static int watch(lua_State *L) {
   struct session *s = connection_check(L, 1);
   struct watch *w = new_userdata(L, sizeof *w);
-  w->magic = MAGIC;
   w->fd = -1;
-  luaL_setmetatable(L, WATCH_TYPE);
+  tag_userdata(L, WATCH_TYPE, MAGIC);
   w->fd = session_watch(s);
   if (w->fd < 0) return 0;
   lua_pushinteger(L, w->fd);
@@ -217,7 +213,7 @@ static int watch(lua_State *L) {
 }
 
 static int watch_collect(lua_State *L) {
-  struct watch *w = test_userdata(L, 1, WATCH_TYPE, sizeof *w, MAGIC);
+  struct watch *w = test_userdata(L, 1, sizeof *w, MAGIC);
   if (w != NULL && w->fd >= 0) close(w->fd);
   if (w != NULL) w->fd = -1;
   return 0;
@@ -341,9 +337,8 @@ static int start_connect(lua_State *L) {
   }
 
   c = new_userdata(L, sizeof *c); /* closed, and only then opened */
-  c->magic = MAGIC;
   c->session = NULL;
-  luaL_setmetatable(L, CONNECTION_TYPE);
+  tag_userdata(L, CONNECTION_TYPE, MAGIC);
   lua_createtable(L, SLOTS, 0);
   for (int i = SLOT_CONNECTION; i <= SLOTS; i++) {
     lua_pushboolean(L, 0);
@@ -357,13 +352,15 @@ static int start_connect(lua_State *L) {
   lua_getfield(L, -1, "tell_loss");
   lua_rawseti(L, -3, SLOT_TELL_LOSS);
   lua_pop(L, 1);
+  luaL_getmetatable(L, LOCK_TYPE);
+  lua_rawseti(L, -2, SLOT_LOCK);
   lua_pushvalue(L, -2);
   lua_rawseti(L, -2, SLOT_CONNECTION);
   set_environment(L, -2);
 
   s = c->session = session_new();
   if (s == NULL) return luaL_error(L, "not enough memory");
-  operation_begin(s, &connecting, monotonic_now() + seconds);
+  operation_begin(s, &connecting, seconds);
   s->state = SESSION_CONNECTING;
   s->op.state = PGRES_POLLING_WRITING;
   if (pumped && (listener = listen_somewhere(port)) >= 0) {
@@ -396,9 +393,8 @@ static int conninfo(lua_State *L) {
   char *error = NULL;
   /* a box, because Lua may throw while the options are read */
   struct conninfo *box = new_userdata(L, sizeof *box);
-  box->magic = MAGIC;
   box->options = NULL;
-  luaL_setmetatable(L, CONNINFO_TYPE);
+  tag_userdata(L, CONNINFO_TYPE, MAGIC);
   box->options = string != NULL ? PQconninfoParse(string, &error) : PQconndefaults();
   PQfreemem(error);
   if (box->options == NULL) return 0;
@@ -415,7 +411,7 @@ static int conninfo(lua_State *L) {
 }
 
 static int conninfo_collect(lua_State *L) {
-  struct conninfo *box = test_userdata(L, 1, CONNINFO_TYPE, sizeof *box, MAGIC);
+  struct conninfo *box = test_userdata(L, 1, sizeof *box, MAGIC);
   if (box != NULL) {
     PQconninfoFree(box->options);
     box->options = NULL;
@@ -428,7 +424,7 @@ static int conninfo_collect(lua_State *L) {
 /* run(conn): drives the operation to its end, blocking. */
 static int run(lua_State *L) {
   struct session *s = connection_check(L, 1);
-  if (s->op.kind != NULL) operation_run(L, s);
+  if (s->op.kind != NULL) operation_run(L, s, monotonic_now());
   return 0;
 }
 
@@ -475,7 +471,7 @@ static int closing_finish(lua_State *L, struct session *s) {
 static const struct operation_kind closing = {"close", false, closing_advance, closing_finish};
 
 static void closing_begin(struct session *s) {
-  operation_begin(s, &closing, monotonic_now() + s->reply_timeout);
+  operation_begin(s, &closing, s->reply_timeout);
   s->closing = true;
   if (s->holding_count > 0 || s->in_transaction)
     command_unlock_all(s);
@@ -513,14 +509,14 @@ static int connection_close(lua_State *L) {
 
 /* __close: as close(), but never raises. */
 static int connection_scope_end(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
   struct session *s = c != NULL ? c->session : NULL;
   if (s == NULL) return 0;
   if (s->op.kind != NULL)
     session_close(s);
   else if (!is_over(s)) {
     closing_begin(s);
-    if (!s->scheduled) operation_run(L, s);
+    if (!s->scheduled) operation_run(L, s, s->op.started);
     operation_drop(s);
     session_close(s);
   }
@@ -532,7 +528,7 @@ static int connection_scope_end(lua_State *L) {
 
 /* __gc: only sends. */
 static int connection_collect(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
   struct session *s = c != NULL ? c->session : NULL;
   if (s == NULL) return 0;
   c->session = NULL;
@@ -641,8 +637,7 @@ static int sleep_blocking(lua_State *L) {
   double seconds = fmin(luaL_checknumber(L, 1), 3600);
   struct timespec time;
   if (!(seconds > 0)) return 0;
-  time.tv_sec = (time_t)seconds;
-  time.tv_nsec = (long)((seconds - (double)time.tv_sec) * 1e9);
+  time = timespec_of(seconds);
   ppoll(NULL, 0, &time, NULL);
   return 0;
 }
@@ -718,27 +713,21 @@ static int rollback(lua_State *L) {
   return 0;
 }
 
-void method_push(lua_State *L, bool scheduled) {
-  lua_pushnil(L);
-  if (scheduled) {
+bool method_push(lua_State *L, bool scheduled) {
+  for (int i = scheduled ? 2 : 1; i > 0; i--) {
     lua_pushvalue(L, 2);
-    lua_rawget(L, lua_upvalueindex(2));
-    lua_replace(L, 3);
+    lua_rawget(L, lua_upvalueindex(i));
+    if (!lua_isnil(L, -1)) return true;
   }
-  if (lua_isnil(L, 3)) {
-    lua_pushvalue(L, 2);
-    lua_rawget(L, lua_upvalueindex(1));
-    lua_replace(L, 3);
-  }
+  return false;
 }
 
 static int connection_index(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
   struct session *s;
   const char *field;
   lua_settop(L, 2);
-  method_push(L, c != NULL && c->session != NULL && c->session->scheduled);
-  if (!lua_isnil(L, -1)) return 1;
+  if (method_push(L, c != NULL && c->session != NULL && c->session->scheduled)) return 1;
   s = connection_check(L, 1);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   if (strcmp(field, "backend_pid") == 0)

@@ -13,7 +13,7 @@
 #define LUAJIT_TCDATA 10
 
 struct key_userdata {
-  uint32_t magic;
+  struct tag tag;
   struct key key;
 };
 
@@ -131,7 +131,7 @@ static void plain_check(lua_State *L, int index, const struct source *from, stru
   case NOT_A_NUMBER:
     break;
   }
-  other = test_userdata(L, index, KEY_TYPE, sizeof *other, MAGIC);
+  other = test_userdata(L, index, sizeof *other, MAGIC);
   if (other != NULL)
     *key = other->key;
   else if (lua_type(L, index) == LUA_TTABLE)
@@ -144,12 +144,15 @@ static void plain_check(lua_State *L, int index, const struct source *from, stru
 
 /* ---- names ------------------------------------------------------------------------------ */
 
-struct hashing key_defaults(lua_State *L) {
-  struct hashing how;
+/* What the call has not said is as the defaults say. */
+static void fill_up(lua_State *L, struct hashing *how) {
+  const struct hashing *defaults;
+  if (how->explicit_scheme && how->explicit_space) return;
   lua_getfield(L, LUA_REGISTRYINDEX, DEFAULTS);
-  how = *(struct hashing *)lua_touserdata(L, -1);
+  defaults = lua_touserdata(L, -1);
+  if (!how->explicit_scheme) how->scheme = defaults->scheme;
+  if (!how->explicit_space) how->space = defaults->space;
   lua_pop(L, 1);
-  return how;
 }
 
 static void hash_option(lua_State *L, int index, int argument, struct hashing *how) {
@@ -240,6 +243,7 @@ static void name_check(lua_State *L, int index, int options, const struct source
   struct hashing how = *given;
   struct text name;
   const char *wrong;
+  fill_up(L, &how);
   if (how.scheme == NULL) {
     call_function(L, index, options, from, &how, key);
     return;
@@ -320,9 +324,8 @@ int key_compare(const struct key *a, const struct key *b) {
 
 void key_push(lua_State *L, const struct key *key) {
   struct key_userdata *u = new_userdata(L, sizeof *u);
-  u->magic = MAGIC;
   u->key = *key;
-  luaL_setmetatable(L, KEY_TYPE);
+  tag_userdata(L, KEY_TYPE, MAGIC);
 }
 
 static const struct key *self(lua_State *L, int index) {
@@ -331,8 +334,8 @@ static const struct key *self(lua_State *L, int index) {
 }
 
 static int key_eq(lua_State *L) {
-  const struct key_userdata *a = test_userdata(L, 1, KEY_TYPE, sizeof *a, MAGIC);
-  const struct key_userdata *b = test_userdata(L, 2, KEY_TYPE, sizeof *b, MAGIC);
+  const struct key_userdata *a = test_userdata(L, 1, sizeof *a, MAGIC);
+  const struct key_userdata *b = test_userdata(L, 2, sizeof *b, MAGIC);
   lua_pushboolean(L, a != NULL && b != NULL && key_equal(&a->key, &b->key));
   return 1;
 }
@@ -434,7 +437,7 @@ static void options_check(lua_State *L, int index, int argument, struct hashing 
 
 /* key(key [, { hash =, namespace = }]) */
 static int make_key(lua_State *L) {
-  struct hashing how = key_defaults(L);
+  struct hashing how = {0};
   struct key key;
   lua_settop(L, 2);
   options_check(L, 2, 2, &how);
@@ -473,6 +476,7 @@ static const luaL_Reg functions[] = {
     {"key", make_key}, {"key_defaults", set_defaults}, {NULL, NULL}};
 
 void key_open(lua_State *L) {
+  schemes_open();
   luaL_setfuncs(L, functions, 0);
   luaL_newmetatable(L, KEY_TYPE);
   luaL_setfuncs(L, key_metamethods, 0);

@@ -26,7 +26,7 @@ struct member {
 };
 
 struct lock {
-  uint32_t magic;
+  struct tag tag;
   enum lock_state state;
   bool shared, acquired, many; /* many: made by lock_all, be it of one key */
   struct session *session;     /* NULL: collected */
@@ -246,10 +246,21 @@ static void refused(struct session *s) {
   finished(s, TIMEOUT, op->failure.message);
 }
 
+enum { MILLISECONDS_SIZE = 11 }; /* of any uint32_t, with the NUL */
+
+/* By hand, because snprintf takes longer than the rest of an acquire. */
+static void put_digits(char text[MILLISECONDS_SIZE], uint32_t n) {
+  char digits[MILLISECONDS_SIZE], *first = digits + sizeof digits - 1;
+  *first = '\0';
+  do *--first = (char)('0' + n % 10);
+  while ((n /= 10) > 0);
+  memcpy(text, first, (size_t)(digits + sizeof digits - first));
+}
+
 static void acquire_send(struct session *s) {
   struct operation *op = &s->op;
   enum verb verb = op->timeout < 0 ? VERB_LOCK : op->timeout > 0 ? VERB_LOCK_TIMED : VERB_TRY;
-  char milliseconds[12];
+  char milliseconds[MILLISECONDS_SIZE];
   if (op->interrupted) { /* between two attempts */
     refused(s);
     return;
@@ -258,7 +269,7 @@ static void acquire_send(struct session *s) {
     double left = op->timeout;
     if (op->rounds > 0) left += op->started - monotonic_now();
     /* a whole number and at least 1: 0 would mean for ever */
-    snprintf(milliseconds, sizeof milliseconds, "%.0f", fmax(1, ceil(left * 1000)));
+    put_digits(milliseconds, (uint32_t)fmax(1, ceil(left * 1000)));
   }
   command_statement(s, verb, &op->asked, verb == VERB_LOCK_TIMED ? milliseconds : NULL,
                     op->comment);
@@ -316,12 +327,12 @@ static void acquire_advance(struct session *s) {
     granted(s);
 }
 
-static void give_back_pending(lua_State *L) {
-  push_environment(L, 1);
-  lua_rawgeti(L, -1, SLOT_PENDING);
+/* The lock that is acquired, to the top of the stack: where a call blocks, it has stayed there. */
+static void take_pending(lua_State *L, const struct lock *lock) {
+  if (lua_touserdata(L, -1) == lock) return;
+  slot_get(L, 1, SLOT_PENDING);
   lua_pushboolean(L, 0);
-  lua_rawseti(L, -3, SLOT_PENDING);
-  lua_remove(L, -2);
+  slot_set(L, 1, SLOT_PENDING);
 }
 
 static int acquire_finish(lua_State *L, struct session *s) {
@@ -329,7 +340,7 @@ static int acquire_finish(lua_State *L, struct session *s) {
   const struct lock *lock = op->lock;
   enum demand demand = (enum demand)op->demand;
   bool waited = op->timeout > 0;
-  give_back_pending(L);
+  take_pending(L, lock);
   if (op->failure.code != NO_ERROR) op->lock->state = LOCK_CLOSED;
   if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
     operation_drop(s);
@@ -385,7 +396,7 @@ static void option_check(lua_State *L, const char *option, int index, struct opt
 
 /* The options at 3; 4 is a place for the comment. */
 static void options_check(lua_State *L, struct options *o) {
-  o->hashing = key_defaults(L);
+  memset(&o->hashing, 0, sizeof o->hashing);
   o->shared = false;
   o->timeout = -1;
   o->comment = 0;
@@ -449,11 +460,13 @@ static int compare_members(const void *a, const void *b) {
 }
 
 static void sort_members(struct lock *lock) {
-  size_t kept = 1;
-  qsort(lock->members, lock->count, sizeof *lock->members, compare_members);
-  for (size_t i = 1; i < lock->count; i++)
-    if (!key_equal(&lock->members[i].key, &lock->members[kept - 1].key))
-      lock->members[kept++] = lock->members[i];
+  struct member *m = lock->members;
+  size_t i = 1, kept = 1;
+  while (i < lock->count && compare_members(&m[i - 1], &m[i]) < 0) i++;
+  if (i == lock->count) return; /* as most lists are */
+  qsort(m, lock->count, sizeof *m, compare_members);
+  for (i = 1; i < lock->count; i++)
+    if (!key_equal(&m[i].key, &m[kept - 1].key)) m[kept++] = m[i];
   lock->count = kept;
 }
 
@@ -498,7 +511,6 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
       new_userdata(L, sizeof *lock + count * sizeof *lock->members + names_length);
   char *names = (char *)&lock->members[count];
   memset(lock, 0, sizeof *lock);
-  lock->magic = MAGIC;
   lock->state = LOCK_CLOSED;
   lock->shared = o->shared;
   lock->many = many;
@@ -512,9 +524,11 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
     lua_pop(L, 1);
   }
   if (many) sort_members(lock);
-  luaL_setmetatable(L, LOCK_TYPE);
   push_environment(L, 1);
-  set_environment(L, -2);
+  lua_rawgeti(L, -1, SLOT_LOCK);
+  lua_insert(L, -2);
+  set_environment(L, -3);
+  tag_with(L, &lock->tag, MAGIC);
   lock->session = s;
   s->refs++;
   return lock;
@@ -548,7 +562,7 @@ static void ask_for_all(struct session *s, const struct lock *lock) {
     if (lock->members[i].holding->count == 0) chain_add(&s->op.asked, lock->members[i].holding);
 }
 
-/* Connection, key or keys, options. The server enforces the timeout; the client's deadline behind it
+/* Connection, key or keys, options; leaves the lock at the top. The server enforces the timeout; the client's deadline behind it
  * is for a server that does not answer. */
 static struct session *acquire_begin(lua_State *L, enum demand demand, bool many) {
   struct session *s;
@@ -561,17 +575,15 @@ static struct session *acquire_begin(lua_State *L, enum demand demand, bool many
   if (demand != DEMAND_LOCK && o.timeout < 0) o.timeout = 0;
   lock = lock_new(L, s, many, &o);
   if (o.comment != 0) comment = comment_push(L, o.comment, lock);
-  connection_ready(L, 1); /* last, because a collection may have done anything to it */
+  connection_ready(L, 1, s); /* last, because a collection may have done anything to it */
   if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
-  slot_set(L, 1, SLOT_PENDING);
   if (!find_holdings(s, lock) || !command_reserve(s, lock->count)) {
     luaL_error(L, "not enough memory");
     return NULL; /* not reached */
   }
-  if (holds_all(lock) && !session_alive(s)) connection_ready(L, 1); /* raises lost */
+  if (holds_all(lock) && !session_alive(s)) connection_ready(L, 1, s); /* raises lost */
 
-  operation_begin(s, &acquiring,
-                  o.timeout < 0 ? INFINITY : monotonic_now() + o.timeout + s->reply_timeout);
+  operation_begin(s, &acquiring, o.timeout < 0 ? INFINITY : o.timeout + s->reply_timeout);
   s->op.lock = lock;
   s->op.key = lock->members[0].key;
   s->op.has_key = !many;
@@ -610,30 +622,21 @@ static int attempt(lua_State *L) {
   return operation_complete(L, acquire_begin(L, DEMAND_ATTEMPT, false));
 }
 
-static int start_lock(lua_State *L) {
-  acquire_begin(L, DEMAND_LOCK, false);
+static int acquire_start(lua_State *L, enum demand demand, bool many) {
+  acquire_begin(L, demand, many);
+  slot_set(L, 1, SLOT_PENDING);
   return 0;
 }
 
-static int start_try_lock(lua_State *L) {
-  acquire_begin(L, DEMAND_TRY, false);
-  return 0;
-}
+static int start_lock(lua_State *L) { return acquire_start(L, DEMAND_LOCK, false); }
 
-static int start_lock_all(lua_State *L) {
-  acquire_begin(L, DEMAND_LOCK, true);
-  return 0;
-}
+static int start_try_lock(lua_State *L) { return acquire_start(L, DEMAND_TRY, false); }
 
-static int start_try_lock_all(lua_State *L) {
-  acquire_begin(L, DEMAND_TRY, true);
-  return 0;
-}
+static int start_lock_all(lua_State *L) { return acquire_start(L, DEMAND_LOCK, true); }
 
-static int start_attempt(lua_State *L) {
-  acquire_begin(L, DEMAND_ATTEMPT, false);
-  return 0;
-}
+static int start_try_lock_all(lua_State *L) { return acquire_start(L, DEMAND_TRY, true); }
+
+static int start_attempt(lua_State *L) { return acquire_start(L, DEMAND_ATTEMPT, false); }
 
 /* ---- release --------------------------------------------------------------------------- */
 
@@ -709,7 +712,7 @@ static void release_now(struct session *s, struct lock *lock) {
 /* The session must be free. */
 static void release_begin(struct session *s, struct lock *lock) {
   struct operation *op = &s->op;
-  operation_begin(s, &releasing, monotonic_now() + s->reply_timeout);
+  operation_begin(s, &releasing, s->reply_timeout);
   op->key = lock->members[0].key;
   op->has_key = !lock->many;
   if (lock_state(lock) == LOCK_LOST) {
@@ -747,7 +750,7 @@ static const struct operation_kind checking = {"check", true, check_advance, che
 
 static void check_begin(struct session *s, struct lock *lock, double timeout) {
   struct operation *op = &s->op;
-  operation_begin(s, &checking, monotonic_now() + timeout);
+  operation_begin(s, &checking, timeout);
   op->key = lock->members[0].key;
   op->has_key = !lock->many;
   op->guard = GUARD_LOOK;
@@ -829,7 +832,7 @@ static struct session *connection_insert(lua_State *L, const struct lock *lock) 
 /* Before an operation on a lock: what is over is told by the operation itself. */
 static void lock_ready(lua_State *L, struct session *s) {
   if (session_is_foreign(s) || s->op.kind != NULL || s->state == SESSION_OPEN)
-    connection_ready(L, 1);
+    connection_ready(L, 1, s);
   else
     connection_tell_loss(L, 1, s);
 }
@@ -883,14 +886,14 @@ static int lock_held(lua_State *L) {
 
 /* __close: as release(), but never raises. */
 static int lock_scope_end(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL || lock->state != LOCK_HELD) return 0;
   if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
     release_now(s, lock);
   else {
     release_begin(s, lock);
-    operation_run(L, s);
+    operation_run(L, s, s->op.started);
     if (s->op.failure.code == NOT_HELD) { /* nobody else would tell */
       s->release_failure = s->op.failure;
       s->release_key = s->op.key;
@@ -907,7 +910,7 @@ static int lock_scope_end(lua_State *L) {
 
 /* __gc: only sends. */
 static int lock_collect(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL) return 0;
   if (lock->state == LOCK_HELD)
@@ -929,12 +932,11 @@ static void keys_push(lua_State *L, const struct lock *lock) {
 }
 
 static int lock_index(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
   const struct member *m;
   const char *field;
   lua_settop(L, 2);
-  method_push(L, lock != NULL && lock->session != NULL && lock->session->scheduled);
-  if (!lua_isnil(L, -1)) return 1;
+  if (method_push(L, lock != NULL && lock->session != NULL && lock->session->scheduled)) return 1;
   lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   m = lock->members;

@@ -19,20 +19,32 @@ double monotonic_now(void) {
 
 /* ---- userdata -------------------------------------------------------------------------- */
 
-/* debug.setmetatable can give our metatable to a file: so the size and a magic word are
- * looked at too. */
-void *test_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic) {
-  void *p = lua_touserdata(L, index);
-  bool ours;
-  if (p == NULL || lua_type(L, index) != LUA_TUSERDATA || !lua_getmetatable(L, index)) return NULL;
+void tag_with(lua_State *L, struct tag *tag, uint32_t magic) {
+  tag->magic = magic;
+  tag->metatable = lua_topointer(L, -1);
+  lua_setmetatable(L, -2);
+}
+
+void tag_userdata(lua_State *L, const char *type, uint32_t magic) {
+  struct tag *tag = lua_touserdata(L, -1);
   luaL_getmetatable(L, type);
-  ours = lua_rawequal(L, -1, -2) && lua_rawlen(L, index) >= size;
-  lua_pop(L, 2);
-  return ours && *(uint32_t *)p == magic ? p : NULL;
+  tag_with(L, tag, magic);
+}
+
+void *test_userdata(lua_State *L, int index, size_t size, uint32_t magic) {
+  struct tag *tag = lua_touserdata(L, index);
+  const void *metatable;
+  /* A light userdata has no length. */
+  if (tag == NULL || lua_rawlen(L, index) < size || tag->magic != magic ||
+      !lua_getmetatable(L, index))
+    return NULL;
+  metatable = lua_topointer(L, -1);
+  lua_pop(L, 1);
+  return metatable == tag->metatable ? tag : NULL;
 }
 
 void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic) {
-  void *p = test_userdata(L, index, type, size, magic);
+  void *p = test_userdata(L, index, size, magic);
   if (p == NULL) {
     lua_pushfstring(L, "%s expected, got %s", type, luaL_typename(L, index));
     luaL_argerror(L, index, lua_tostring(L, -1));
@@ -142,6 +154,11 @@ static const struct {
      "hold fewer locks at once, or raise max_locks_per_transaction"},
     {UNKNOWN, "unknown", "the server may have done it or not; free_by says when it lets go"},
 };
+
+void failure_clear(struct failure *failure) {
+  failure->code = NO_ERROR;
+  failure->sqlstate[0] = failure->message[0] = '\0';
+}
 
 void failure_set(struct failure *failure, enum code code, const char *sqlstate,
                  const char *format, ...) {

@@ -6,17 +6,18 @@
 #include <string.h>
 #include <time.h>
 
-/* How long a wait goes on before it looks whether Ctrl-C came just before it slept. */
+/* Seconds that a wait goes on before it looks again: whether Ctrl-C came just before it slept. */
 #define SLICE 0.5
 
-void operation_begin(struct session *s, const struct operation_kind *kind, double deadline) {
+void operation_begin(struct session *s, const struct operation_kind *kind, double seconds) {
   struct operation *op = &s->op;
-  memset(op, 0, sizeof *op);
+  memset(op, 0, offsetof(struct operation, failure));
+  failure_clear(&op->failure);
   s->operations++;
   op->timeout = -1;
   op->kind = kind;
   op->started = monotonic_now();
-  op->deadline = deadline;
+  op->deadline = op->started + seconds;
   op->reply_by = INFINITY;
 }
 
@@ -39,7 +40,7 @@ void operation_done(struct session *s, enum code code, const char *sqlstate, con
                     ...) {
   struct operation *op = &s->op;
   va_list args;
-  char message[MESSAGE_SIZE] = "";
+  char message[MESSAGE_SIZE];
   op->done = true;
   if (code == NO_ERROR) return;
   va_start(args, format);
@@ -154,32 +155,36 @@ static bool hook_raises(lua_State *L) {
   return true;
 }
 
-void operation_run(lua_State *L, struct session *s) {
+/* As poll, until a time. */
+static int poll_until(struct pollfd *wait, double now, double time) {
+  struct timespec left = timespec_of(fmax(0, time - now));
+  return ppoll(wait, 1, &left, NULL);
+}
+
+/* As poll; but 0 also before its time. */
+static int wait_until(struct session *s, struct pollfd *wait, double now, double time) {
+  bool first = s->state == SESSION_OPEN && !s->op.heard && wait->events == POLLIN &&
+               wait->fd == PQsocket(s->pg);
+  int ready = first && session_alarm(s, now, time) ? session_wait(s) : poll_until(wait, now, time);
+  s->op.heard = s->op.heard || ready > 0;
+  return ready;
+}
+
+void operation_run(lua_State *L, struct session *s, double now) {
   struct pollfd wait;
   bool interruptible = s->op.kind->interruptible;
   while (operation_wants(s, &wait)) {
-    double left = operation_deadline(s) - monotonic_now();
-    bool sliced = interruptible && !s->op.interrupted && left > SLICE;
-    struct timespec time, *limit = &time;
-    int ready;
-    if (sliced) left = SLICE;
-    if (left < 0) left = 0;
-    if (isinf(left))
-      limit = NULL;
-    else {
-      time.tv_sec = (time_t)left;
-      time.tv_nsec = (long)((left - (double)time.tv_sec) * 1e9);
-    }
-    ready = ppoll(&wait, 1, limit, NULL);
+    int ready = wait_until(s, &wait, now, fmin(operation_deadline(s), now + SLICE));
     if (ready <= 0 && interruptible && !s->op.interrupted && hook_raises(L))
       operation_interrupt(s);
-    else if (ready > 0 || !sliced)
+    else
       operation_progress(s);
+    if (!s->op.done) now = monotonic_now();
   }
 }
 
 int operation_complete(lua_State *L, struct session *s) {
-  operation_run(L, s);
+  operation_run(L, s, s->op.started);
   return s->op.kind->finish(L, s);
 }
 

@@ -24,6 +24,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <time.h>
 
 #include <libpq-fe.h>
 
@@ -75,6 +76,7 @@ struct scheme {
   const char *(*make)(const struct text *name, const struct space *space, struct key *key);
 };
 
+void schemes_open(void); /* once in a process */
 const struct scheme *scheme_default(void);
 const struct scheme *scheme_find(const char *name); /* NULL: there is none of that name */
 /* Makes a namespace one of the scheme. NULL, or what the scheme takes instead. */
@@ -84,7 +86,7 @@ int64_t space_seed(int64_t seed, const char *namespace, size_t length);
 
 /* ---- key.c ---------------------------------------------------------------------------- */
 
-/* How a call turns a name into a key. */
+/* How a call turns a name into a key; all zero: as the defaults say. */
 struct hashing {
   const struct scheme *scheme; /* NULL: a function of the user's, in the options or the defaults */
   struct space space;
@@ -97,7 +99,6 @@ void key_check(lua_State *L, int index, int options, int argument, int element,
                const struct hashing *how, struct key *key);
 /* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
 bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);
-struct hashing key_defaults(lua_State *L);
 void key_push(lua_State *L, const struct key *key);
 bool key_equal(const struct key *a, const struct key *b);
 /* 64-bit keys ascending, then pairs: the order in which many are locked. */
@@ -123,8 +124,19 @@ bool is_name(lua_State *L, int index);
 int option_error(lua_State *L, int argument) __attribute__((noreturn));
 /* Where the user's code called us, as luaL_where says it; pushes a string. */
 void push_caller(lua_State *L);
-/* The userdata at `index` if it is one of ours: right metatable, size and magic word. */
-void *test_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic);
+/* What every userdata of ours begins with. debug.setmetatable can give a file our metatable, or one
+ * of ours another's: so it is one of ours if its size, its magic word and its metatable are right. */
+struct tag {
+  uint32_t magic;
+  const void *metatable; /* the address: looking it up by its name takes longer than all the rest */
+};
+
+/* Gives the userdata at the top, which begins with a tag, the metatable of its type. */
+void tag_userdata(lua_State *L, const char *type, uint32_t magic);
+/* The same with the metatable at the top, which it pops. */
+void tag_with(lua_State *L, struct tag *tag, uint32_t magic);
+/* The userdata at `index` if it is one of ours; or NULL. */
+void *test_userdata(lua_State *L, int index, size_t size, uint32_t magic);
 void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic);
 double monotonic_now(void); /* seconds */
 
@@ -163,6 +175,7 @@ struct failure {
  * and may grant a lock at the end of these, whose answer it then repeats for 30 more. */
 #define FREED_BY 60
 
+void failure_clear(struct failure *failure);
 void failure_set(struct failure *failure, enum code code, const char *sqlstate,
                  const char *format, ...) __attribute__((format(printf, 4, 5)));
 /* Somebody had dropped the prepared statement: the server did nothing. */
@@ -179,7 +192,7 @@ enum value { NO_VALUE, VALUE_NULL, VALUE_FALSE, VALUE_SOME, VALUE_TRUE, VALUE_OT
 struct answer {
   bool failed;
   enum value value; /* of the first row's first column: booleans, NULL, or nothing of interest */
-  struct failure failure;
+  struct failure failure; /* if it failed; last, because it is large and seldom needed */
 };
 
 struct holding;
@@ -262,9 +275,8 @@ struct operation {
   bool done;
   bool interrupted; /* a cancel was asked for: whatever is got is let go */
   bool aside;       /* its wait was cancelled, to let go of what a release left; it goes on */
+  bool heard;       /* input has arrived, of which some may be left in the socket */
   int unanswered;   /* commands in flight whose answer it waits for */
-  struct answer answer;
-  struct failure failure; /* once done; NO_ERROR: success */
   double started, deadline; /* monotonic seconds; INFINITY: none */
   double reply_by;          /* a deadline of the step it is at, that needs no waiting */
   PGresult **result;        /* of a query: in a box of Lua's */
@@ -279,9 +291,12 @@ struct operation {
   int rounds;     /* of statements that a cancel hit */
   double timeout; /* seconds, < 0: none */
   const char *comment; /* SQL before the statement, kept alive by the environment; or NULL */
+  struct failure failure; /* once done; NO_ERROR: success. From here on large, and seldom needed */
+  struct answer answer;
 };
 
-void operation_begin(struct session *s, const struct operation_kind *kind, double deadline);
+/* For so many seconds; INFINITY: without a deadline. */
+void operation_begin(struct session *s, const struct operation_kind *kind, double seconds);
 /* Its outcome stands: NO_ERROR, or why it failed. */
 void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
                     ...) __attribute__((format(printf, 4, 5)));
@@ -291,9 +306,9 @@ void operation_progress(struct session *s);
 /* What it waits for. False: it is done. */
 bool operation_wants(struct session *s, struct pollfd *wait);
 double operation_deadline(const struct session *s);
-/* Drives the steps until it is done. Connection at 1. */
-void operation_run(lua_State *L, struct session *s);
-/* operation_run, then what its kind returns to Lua. */
+/* Drives the steps until it is done, beginning now. Connection at 1. */
+void operation_run(lua_State *L, struct session *s, double now);
+/* Drives what has just been begun until it is done, then what its kind returns to Lua. */
 int operation_complete(lua_State *L, struct session *s);
 /* The operation is over: raises if it failed. Connection at 1. */
 void operation_end(lua_State *L, struct session *s);
@@ -339,6 +354,8 @@ struct session {
   struct key release_key;
   struct cancel *cancel; /* a cancel request under way */
   int watch_fd;          /* an epoll instance on the socket, or -1 */
+  int wait_fd, timer_fd; /* of waits that block: an epoll instance on the socket and a timer, or -1 */
+  double alarm;          /* when that strikes next, in monotonic seconds; 0: it does not */
   int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
                 * not know the server's address then, and cannot send it a cancel request */
   bool unflushed; /* libpq has more to write than its socket took */
@@ -364,6 +381,14 @@ void session_note_transaction(struct session *s);
 /* A file descriptor for the caller, readable while the socket is, and for good once that is closed;
  * it keeps nothing open, and its number is no other's when the socket's is. -1: none was to be had. */
 int session_watch(struct session *s);
+/* Makes sure that session_wait ends at `time`, or before. To arm a timer in each wait, and to disarm it
+ * again, takes as long as all that we do ourselves: so one stays armed from wait to wait. False: that
+ * cannot be. */
+bool session_alarm(struct session *s, double now, double time);
+/* Waits until input arrives that had not when it returned last, or for the alarm: 1, or 0; -1: a signal
+ * came. */
+int session_wait(struct session *s);
+struct timespec timespec_of(double seconds);
 void session_receive_notice(void *session, const PGresult *notice);
 void sessions_open(void);
 bool is_ready(int fd, short events); /* for poll's events, now */
@@ -381,14 +406,15 @@ int cancel_fd(const struct session *s); /* readable when it has */
  * never allocates. */
 enum slot {
   SLOT_CONNECTION = 1,
-  SLOT_PENDING,   /* the lock that an acquire is for; the box for a query's result */
+  SLOT_PENDING,   /* the lock that an acquire is for, unless it is on the stack; a query's box */
   SLOT_COMMENT,   /* keeps op.comment alive */
   SLOT_INTERRUPT, /* the error that Ctrl-C raised during a wait */
   SLOT_NOTHING,   /* a function that does nothing, for an interpreter's hook to interrupt */
   SLOT_TELL_LOSS, /* calls on_lost */
   SLOT_ON_LOST,
   SLOT_ON_FREE, /* called when a lock has been let go */
-  SLOTS = SLOT_ON_FREE
+  SLOT_LOCK,    /* the metatable of locks */
+  SLOTS = SLOT_LOCK
 };
 
 /* The environment of the connection at `index`; slot_set pops the value. */
@@ -396,12 +422,12 @@ void slot_set(lua_State *L, int index, enum slot slot);
 void slot_get(lua_State *L, int index, enum slot slot);
 
 struct session *connection_check(lua_State *L, int index); /* whatever its state */
-/* A connection that may start an operation: raises closed, lost, forked, busy_connection. */
-struct session *connection_ready(lua_State *L, int index);
+/* Raises closed, lost, forked, busy_connection unless the connection may start an operation. */
+void connection_ready(lua_State *L, int index, struct session *s);
 void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
 void connection_tell_free(lua_State *L, int index); /* on_free(conn), protected */
-/* Pushes a copy of the method named by `field` at 2, or nil: of `scheduled` or of the methods. */
-void method_push(lua_State *L, bool scheduled);
+/* Pushes the method whose name is at 2, of `scheduled` or of the methods; or nil, and false. */
+bool method_push(lua_State *L, bool scheduled);
 void connection_open(lua_State *L);
 
 /* ---- query.c -------------------------------------------------------------------------- */

@@ -17,7 +17,7 @@ enum { ANSWERED, SETTLED };
 static void query_advance(struct session *s) {
   struct operation *op = &s->op;
   if (op->state == ANSWERED) {
-    op->failure = op->answer.failure;
+    if (op->answer.failed) op->failure = op->answer.failure;
     if (op->interrupted) failure_set(&op->failure, INTERRUPTED, "", "interrupted");
   }
   if (op->state == ANSWERED && s->doubtful > 0 && !s->transaction_failed) {
@@ -78,20 +78,19 @@ static void push_rows(lua_State *L, const PGresult *result) {
 /* Made before the query is sent, so that its result always has an owner: Lua may throw while it
  * makes tables of it, and may run a finalizer that makes another query. */
 struct box {
-  uint32_t magic;
+  struct tag tag;
   PGresult *result;
 };
 
 static struct box *box_push(lua_State *L) {
   struct box *box = new_userdata(L, sizeof *box);
-  box->magic = MAGIC;
   box->result = NULL;
-  luaL_setmetatable(L, RESULT_TYPE);
+  tag_userdata(L, RESULT_TYPE, MAGIC);
   return box;
 }
 
 static int box_collect(lua_State *L) {
-  struct box *box = test_userdata(L, 1, RESULT_TYPE, sizeof *box, MAGIC);
+  struct box *box = test_userdata(L, 1, sizeof *box, MAGIC);
   if (box != NULL) {
     PQclear(box->result);
     box->result = NULL;
@@ -154,15 +153,15 @@ static struct session *query_begin(lua_State *L, int first, double seconds) {
   struct box *box;
   const char *sql;
   int n = lua_gettop(L) - first;
-  connection_check(L, 1);
+  s = connection_check(L, 1);
   if (lua_type(L, first) != LUA_TSTRING) type_error(L, 1, "SQL as a string", first);
   sql = parameter(L, first, 1);
   if (n > MAX_PARAMETERS) argument_error(L, 2, "at most 64 parameters expected");
   for (int i = 0; i < n; i++) values[i] = parameter(L, first + 1 + i, 2 + i);
   box = box_push(L);
-  s = connection_ready(L, 1); /* last, because a collection may have done anything to it */
+  connection_ready(L, 1, s); /* last, because a collection may have done anything to it */
   slot_set(L, 1, SLOT_PENDING);
-  operation_begin(s, &querying, seconds < 0 ? INFINITY : monotonic_now() + seconds);
+  operation_begin(s, &querying, seconds < 0 ? INFINITY : seconds);
   s->op.result = &box->result;
   command_query(s, sql, n, values);
   return s;
@@ -206,11 +205,11 @@ static int ping_finish(lua_State *L, struct session *s) {
 static const struct operation_kind pinging = {"ping", true, query_advance, ping_finish};
 
 static struct session *ping_begin(lua_State *L) {
-  double seconds = connection_check(L, 1)->reply_timeout;
-  struct session *s;
+  struct session *s = connection_check(L, 1);
+  double seconds = s->reply_timeout;
   if (!lua_isnoneornil(L, 2)) seconds = timeout_check(L, 2, 1, "timeout");
-  s = connection_ready(L, 1);
-  operation_begin(s, &pinging, monotonic_now() + seconds);
+  connection_ready(L, 1, s);
+  operation_begin(s, &pinging, seconds);
   command_sync(s);
   return s;
 }

@@ -2,6 +2,7 @@
 #include "pglocks.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -52,6 +53,22 @@ static uint32_t crc(const struct text *name) {
 
 /* ---- digests of libcrypto --------------------------------------------------------------- */
 
+/* SHA-256, of every name that has no other scheme: to look it up for each would take twice as long as
+ * to compute it. */
+static const EVP_MD *sha256_type;
+
+static void find_sha256(void) {
+#if OPENSSL_VERSION_NUMBER >= 0x30000000L
+  sha256_type = EVP_MD_fetch(NULL, "SHA256", NULL);
+#endif
+  if (sha256_type == NULL) sha256_type = EVP_sha256();
+}
+
+void schemes_open(void) {
+  static pthread_once_t found = PTHREAD_ONCE_INIT;
+  pthread_once(&found, find_sha256);
+}
+
 /* The first eight bytes of the digest of all parts, one after the other. */
 static bool digest(const EVP_MD *type, const struct part *parts, int count, unsigned char *first) {
   unsigned char whole[EVP_MAX_MD_SIZE];
@@ -88,7 +105,7 @@ static const char *sha256(const struct text *name, const struct space *space, st
   for (int i = 0; i < 8; i++)
     length[i] = (unsigned char)((uint64_t)space->text.length >> (56 - 8 * i));
   if (space->is == SPACE_NONE)
-    done = digest(EVP_sha256(), &parts[2], 1, first);
+    done = digest(sha256_type, &parts[2], 1, first);
   else
     done = digest(EVP_sha512(), parts, 3, first);
   return done ? number(key, big_endian(first)) : NO_DIGEST;

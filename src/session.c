@@ -13,6 +13,7 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 
 #define DEFAULT_REPLY_TIMEOUT 10.0
@@ -65,7 +66,7 @@ static void session_unlink(struct session *s) {
   unlock_sessions();
 }
 
-/* ---- watching -------------------------------------------------------------------------- */
+/* ---- watching, and waiting ------------------------------------------------------------- */
 
 static int always_readable(void) {
   static int fd = -1;
@@ -73,29 +74,73 @@ static int always_readable(void) {
   return fd;
 }
 
-static bool watch_add(struct session *s, int fd) {
-  struct epoll_event event = {.events = EPOLLIN};
-  return fd >= 0 && epoll_ctl(s->watch_fd, EPOLL_CTL_ADD, fd, &event) == 0;
+static bool epoll_add(int epoll, int fd, uint32_t events) {
+  struct epoll_event event = {.events = events, .data.fd = fd};
+  return epoll >= 0 && fd >= 0 && epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event) == 0;
 }
 
-static void watch_end(struct session *s) {
-  if (s->watch_fd < 0) return;
-  if (!session_is_foreign(s)) watch_add(s, always_readable()); /* a parent still watches */
-  close(s->watch_fd);
-  s->watch_fd = -1;
+static void close_fd(int *fd) {
+  if (*fd >= 0) close(*fd);
+  *fd = -1;
 }
 
 int session_watch(struct session *s) {
   int fd;
   if (s->pg == NULL || s->watch_fd >= 0 || always_readable() < 0) return -1;
   s->watch_fd = epoll_create1(EPOLL_CLOEXEC);
-  if (s->watch_fd < 0) return -1;
-  fd = watch_add(s, PQsocket(s->pg)) ? fcntl(s->watch_fd, F_DUPFD_CLOEXEC, 0) : -1;
-  if (fd < 0) {
-    close(s->watch_fd);
-    s->watch_fd = -1;
-  }
+  fd = epoll_add(s->watch_fd, PQsocket(s->pg), EPOLLIN)
+           ? fcntl(s->watch_fd, F_DUPFD_CLOEXEC, 0)
+           : -1;
+  if (fd < 0) close_fd(&s->watch_fd);
   return fd;
+}
+
+static void watch_end(struct session *s) {
+  if (s->watch_fd < 0) return;
+  if (!session_is_foreign(s)) /* a parent still watches */
+    epoll_add(s->watch_fd, always_readable(), EPOLLIN);
+  close_fd(&s->watch_fd);
+}
+
+struct timespec timespec_of(double seconds) {
+  struct timespec time;
+  time.tv_sec = (time_t)seconds;
+  time.tv_nsec = (long)((seconds - (double)time.tv_sec) * 1e9);
+  return time;
+}
+
+static void wait_end(struct session *s) {
+  close_fd(&s->wait_fd);
+  close_fd(&s->timer_fd);
+  s->alarm = 0;
+}
+
+bool session_alarm(struct session *s, double now, double time) {
+  struct itimerspec at = {.it_value = timespec_of(time)};
+  if (s->alarm > now && s->alarm <= time) return true;
+  if (time <= now || s->pg == NULL) return false;
+  if (s->wait_fd < 0) {
+    s->wait_fd = epoll_create1(EPOLL_CLOEXEC);
+    s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+    if (!epoll_add(s->wait_fd, PQsocket(s->pg), EPOLLIN | EPOLLET) ||
+        !epoll_add(s->wait_fd, s->timer_fd, EPOLLIN | EPOLLET)) {
+      wait_end(s);
+      return false;
+    }
+  }
+  s->alarm = timerfd_settime(s->timer_fd, TFD_TIMER_ABSTIME, &at, NULL) == 0 ? time : 0;
+  return s->alarm > 0;
+}
+
+int session_wait(struct session *s) {
+  struct epoll_event events[2];
+  int count = epoll_wait(s->wait_fd, events, 2, -1), ready = count < 0 ? -1 : 0;
+  for (int i = 0; i < count; i++)
+    if (events[i].data.fd == s->timer_fd)
+      s->alarm = 0;
+    else
+      ready = 1;
+  return ready;
 }
 
 /* Closes the socket. Without a word to the server in a child: there it is /dev/null. */
@@ -103,6 +148,7 @@ void session_disconnect(struct session *s) {
   PGconn *pg = s->pg;
   if (pg == NULL) return;
   watch_end(s);
+  wait_end(s);
   lock_sessions();
   s->pg = NULL;
   unlock_sessions();
@@ -162,7 +208,7 @@ struct session *session_new(void) {
   struct session *s = calloc(1, sizeof *s);
   if (s == NULL) return NULL;
   s->refs = 1;
-  s->watch_fd = s->pump_fd = -1;
+  s->watch_fd = s->wait_fd = s->timer_fd = s->pump_fd = -1;
   s->born = fork_generation;
   s->newest = &s->oldest;
   s->buckets = s->first_buckets;
