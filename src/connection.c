@@ -16,15 +16,14 @@
 #define CONNINFO_TYPE "pglocks conninfo"
 #define WAITER_TYPE "pglocks waiter"
 #define WATCH_TYPE "pglocks watch"
-#define MAGIC 0x70676c63u
 
 struct conninfo {
-  struct tag tag;
+  enum magic magic;
   PQconninfoOption *options;
 };
 
 struct connection {
-  struct tag tag;
+  enum magic magic;
   struct session *session; /* NULL: closed before it was open */
 };
 
@@ -44,7 +43,7 @@ void slot_set(lua_State *L, int index, enum slot slot) {
 }
 
 struct session *connection_check(lua_State *L, int index) {
-  struct connection *c = check_userdata(L, index, CONNECTION_TYPE, sizeof *c, MAGIC);
+  struct connection *c = check_userdata(L, index, CONNECTION_TYPE, sizeof *c, CONNECTION_MAGIC);
   if (c->session == NULL) luaL_argerror(L, index, "this connection was collected");
   return c->session;
 }
@@ -158,7 +157,7 @@ static int awaits(lua_State *L) {
 /* Stands for the coroutine that drives an operation. When it is closed or collected before the
  * operation has come to its end, that coroutine was closed, failed or was left alone. */
 struct waiter {
-  struct tag tag;
+  enum magic magic;
   struct session *session; /* NULL: none yet, or over */
   unsigned long operation; /* its number */
 };
@@ -166,14 +165,15 @@ struct waiter {
 /* waiter(): made before the operation is begun, so that nothing can go wrong afterwards. */
 static int waiter(lua_State *L) {
   struct waiter *w = new_userdata(L, sizeof *w);
+  w->magic = WAITER_MAGIC;
   w->session = NULL;
-  tag_userdata(L, WAITER_TYPE, MAGIC);
+  luaL_setmetatable(L, WAITER_TYPE);
   return 1;
 }
 
 /* await(waiter, conn): the operation of the connection is the waiter's from now on. */
 static int await(lua_State *L) {
-  struct waiter *w = check_userdata(L, 1, WAITER_TYPE, sizeof *w, MAGIC);
+  struct waiter *w = check_userdata(L, 1, WAITER_TYPE, sizeof *w, WAITER_MAGIC);
   struct session *s = connection_check(L, 2);
   if (w->session != NULL) return luaL_error(L, "this waiter was used before");
   w->session = s;
@@ -183,7 +183,7 @@ static int await(lua_State *L) {
 }
 
 static int waiter_end(lua_State *L) {
-  struct waiter *w = test_userdata(L, 1, sizeof *w, MAGIC);
+  struct waiter *w = test_userdata(L, 1, sizeof *w, WAITER_MAGIC);
   struct session *s = w != NULL ? w->session : NULL;
   if (s == NULL) return 0;
   w->session = NULL;
@@ -195,7 +195,7 @@ static int waiter_end(lua_State *L) {
 /* ---- watches --------------------------------------------------------------------------- */
 
 struct watch {
-  struct tag tag;
+  enum magic magic;
   int fd;
 };
 
@@ -204,8 +204,9 @@ struct watch {
 static int watch(lua_State *L) {
   struct session *s = connection_check(L, 1);
   struct watch *w = new_userdata(L, sizeof *w);
+  w->magic = WATCH_MAGIC;
   w->fd = -1;
-  tag_userdata(L, WATCH_TYPE, MAGIC);
+  luaL_setmetatable(L, WATCH_TYPE);
   w->fd = session_watch(s);
   if (w->fd < 0) return 0;
   lua_pushinteger(L, w->fd);
@@ -213,7 +214,7 @@ static int watch(lua_State *L) {
 }
 
 static int watch_collect(lua_State *L) {
-  struct watch *w = test_userdata(L, 1, sizeof *w, MAGIC);
+  struct watch *w = test_userdata(L, 1, sizeof *w, WATCH_MAGIC);
   if (w != NULL && w->fd >= 0) close(w->fd);
   if (w != NULL) w->fd = -1;
   return 0;
@@ -337,8 +338,9 @@ static int start_connect(lua_State *L) {
   }
 
   c = new_userdata(L, sizeof *c); /* closed, and only then opened */
+  c->magic = CONNECTION_MAGIC;
   c->session = NULL;
-  tag_userdata(L, CONNECTION_TYPE, MAGIC);
+  luaL_setmetatable(L, CONNECTION_TYPE);
   lua_createtable(L, SLOTS, 0);
   for (int i = SLOT_CONNECTION; i <= SLOTS; i++) {
     lua_pushboolean(L, 0);
@@ -393,8 +395,9 @@ static int conninfo(lua_State *L) {
   char *error = NULL;
   /* a box, because Lua may throw while the options are read */
   struct conninfo *box = new_userdata(L, sizeof *box);
+  box->magic = CONNINFO_MAGIC;
   box->options = NULL;
-  tag_userdata(L, CONNINFO_TYPE, MAGIC);
+  luaL_setmetatable(L, CONNINFO_TYPE);
   box->options = string != NULL ? PQconninfoParse(string, &error) : PQconndefaults();
   PQfreemem(error);
   if (box->options == NULL) return 0;
@@ -411,7 +414,7 @@ static int conninfo(lua_State *L) {
 }
 
 static int conninfo_collect(lua_State *L) {
-  struct conninfo *box = test_userdata(L, 1, sizeof *box, MAGIC);
+  struct conninfo *box = test_userdata(L, 1, sizeof *box, CONNINFO_MAGIC);
   if (box != NULL) {
     PQconninfoFree(box->options);
     box->options = NULL;
@@ -509,7 +512,7 @@ static int connection_close(lua_State *L) {
 
 /* __close: as close(), but never raises. */
 static int connection_scope_end(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, CONNECTION_MAGIC);
   struct session *s = c != NULL ? c->session : NULL;
   if (s == NULL) return 0;
   if (s->op.kind != NULL)
@@ -528,7 +531,7 @@ static int connection_scope_end(lua_State *L) {
 
 /* __gc: only sends. */
 static int connection_collect(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, CONNECTION_MAGIC);
   struct session *s = c != NULL ? c->session : NULL;
   if (s == NULL) return 0;
   c->session = NULL;
@@ -723,7 +726,7 @@ bool method_push(lua_State *L, bool scheduled) {
 }
 
 static int connection_index(lua_State *L) {
-  struct connection *c = test_userdata(L, 1, sizeof *c, MAGIC);
+  struct connection *c = test_userdata(L, 1, sizeof *c, CONNECTION_MAGIC);
   struct session *s;
   const char *field;
   lua_settop(L, 2);

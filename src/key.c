@@ -6,14 +6,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAGIC 0x70676c6bu
 #define DEFAULTS "pglocks key defaults"
 #define TOSTRING "pglocks tostring"
 #define INT64 "pglocks int64"
 #define LUAJIT_TCDATA 10
 
 struct key_userdata {
-  struct tag tag;
+  enum magic magic;
   struct key key;
 };
 
@@ -131,7 +130,7 @@ static void plain_check(lua_State *L, int index, const struct source *from, stru
   case NOT_A_NUMBER:
     break;
   }
-  other = test_userdata(L, index, sizeof *other, MAGIC);
+  other = test_userdata(L, index, sizeof *other, KEY_MAGIC);
   if (other != NULL)
     *key = other->key;
   else if (lua_type(L, index) == LUA_TTABLE)
@@ -324,18 +323,19 @@ int key_compare(const struct key *a, const struct key *b) {
 
 void key_push(lua_State *L, const struct key *key) {
   struct key_userdata *u = new_userdata(L, sizeof *u);
+  u->magic = KEY_MAGIC;
   u->key = *key;
-  tag_userdata(L, KEY_TYPE, MAGIC);
+  luaL_setmetatable(L, KEY_TYPE);
 }
 
 static const struct key *self(lua_State *L, int index) {
-  struct key_userdata *u = check_userdata(L, index, KEY_TYPE, sizeof *u, MAGIC);
+  struct key_userdata *u = check_userdata(L, index, KEY_TYPE, sizeof *u, KEY_MAGIC);
   return &u->key;
 }
 
 static int key_eq(lua_State *L) {
-  const struct key_userdata *a = test_userdata(L, 1, sizeof *a, MAGIC);
-  const struct key_userdata *b = test_userdata(L, 2, sizeof *b, MAGIC);
+  const struct key_userdata *a = test_userdata(L, 1, sizeof *a, KEY_MAGIC);
+  const struct key_userdata *b = test_userdata(L, 2, sizeof *b, KEY_MAGIC);
   lua_pushboolean(L, a != NULL && b != NULL && key_equal(&a->key, &b->key));
   return 1;
 }

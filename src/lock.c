@@ -9,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAGIC 0x70676c6cu
 #define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
 #define MOST_KEYS 1000000 /* more than any server can lock */
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
@@ -26,7 +25,7 @@ struct member {
 };
 
 struct lock {
-  struct tag tag;
+  enum magic magic;
   enum lock_state state;
   bool shared, acquired, many; /* many: made by lock_all, be it of one key */
   struct session *session;     /* NULL: collected */
@@ -511,6 +510,7 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
       new_userdata(L, sizeof *lock + count * sizeof *lock->members + names_length);
   char *names = (char *)&lock->members[count];
   memset(lock, 0, sizeof *lock);
+  lock->magic = LOCK_MAGIC;
   lock->state = LOCK_CLOSED;
   lock->shared = o->shared;
   lock->many = many;
@@ -528,7 +528,7 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
   lua_rawgeti(L, -1, SLOT_LOCK);
   lua_insert(L, -2);
   set_environment(L, -3);
-  tag_with(L, &lock->tag, MAGIC);
+  lua_setmetatable(L, -2);
   lock->session = s;
   s->refs++;
   return lock;
@@ -815,7 +815,7 @@ static void conclude(struct session *s) {
 /* ---- methods --------------------------------------------------------------------------- */
 
 static struct lock *lock_check(lua_State *L) {
-  struct lock *lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  struct lock *lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
   if (lock->session == NULL) luaL_argerror(L, 1, "this lock was collected");
   return lock;
 }
@@ -886,7 +886,7 @@ static int lock_held(lua_State *L) {
 
 /* __close: as release(), but never raises. */
 static int lock_scope_end(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, LOCK_MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL || lock->state != LOCK_HELD) return 0;
   if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
@@ -910,7 +910,7 @@ static int lock_scope_end(lua_State *L) {
 
 /* __gc: only sends. */
 static int lock_collect(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, LOCK_MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL) return 0;
   if (lock->state == LOCK_HELD)
@@ -932,12 +932,12 @@ static void keys_push(lua_State *L, const struct lock *lock) {
 }
 
 static int lock_index(lua_State *L) {
-  struct lock *lock = test_userdata(L, 1, sizeof *lock, MAGIC);
+  struct lock *lock = test_userdata(L, 1, sizeof *lock, LOCK_MAGIC);
   const struct member *m;
   const char *field;
   lua_settop(L, 2);
   if (method_push(L, lock != NULL && lock->session != NULL && lock->session->scheduled)) return 1;
-  lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, MAGIC);
+  lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
   field = lua_type(L, 2) == LUA_TSTRING ? lua_tostring(L, 2) : "";
   m = lock->members;
   if (strcmp(field, "acquired") == 0)

@@ -19,31 +19,14 @@ double monotonic_now(void) {
 
 /* ---- userdata -------------------------------------------------------------------------- */
 
-void tag_with(lua_State *L, struct tag *tag, uint32_t magic) {
-  tag->magic = magic;
-  tag->metatable = lua_topointer(L, -1);
-  lua_setmetatable(L, -2);
-}
-
-void tag_userdata(lua_State *L, const char *type, uint32_t magic) {
-  struct tag *tag = lua_touserdata(L, -1);
-  luaL_getmetatable(L, type);
-  tag_with(L, tag, magic);
-}
-
-void *test_userdata(lua_State *L, int index, size_t size, uint32_t magic) {
-  struct tag *tag = lua_touserdata(L, index);
-  const void *metatable;
+/* Looking at the metatable, too, would take longer than all else that a call does before it sends. */
+void *test_userdata(lua_State *L, int index, size_t size, enum magic magic) {
+  enum magic *p = lua_touserdata(L, index);
   /* A light userdata has no length. */
-  if (tag == NULL || lua_rawlen(L, index) < size || tag->magic != magic ||
-      !lua_getmetatable(L, index))
-    return NULL;
-  metatable = lua_topointer(L, -1);
-  lua_pop(L, 1);
-  return metatable == tag->metatable ? tag : NULL;
+  return p != NULL && lua_rawlen(L, index) >= size && *p == magic ? p : NULL;
 }
 
-void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic) {
+void *check_userdata(lua_State *L, int index, const char *type, size_t size, enum magic magic) {
   void *p = test_userdata(L, index, size, magic);
   if (p == NULL) {
     lua_pushfstring(L, "%s expected, got %s", type, luaL_typename(L, index));

@@ -124,20 +124,21 @@ bool is_name(lua_State *L, int index);
 int option_error(lua_State *L, int argument) __attribute__((noreturn));
 /* Where the user's code called us, as luaL_where says it; pushes a string. */
 void push_caller(lua_State *L);
-/* What every userdata of ours begins with. debug.setmetatable can give a file our metatable, or one
- * of ours another's: so it is one of ours if its size, its magic word and its metatable are right. */
-struct tag {
-  uint32_t magic;
-  const void *metatable; /* the address: looking it up by its name takes longer than all the rest */
+/* What every userdata of ours begins with, by its type. debug.setmetatable can give a file our
+ * metatable, and one of ours another's: so it is this and the size that tell. */
+enum magic {
+  CONNECTION_MAGIC = 0x70676c63, /* "pglc" ... */
+  CONNINFO_MAGIC = 0x70676c69,
+  KEY_MAGIC = 0x70676c6b,
+  LOCK_MAGIC = 0x70676c6c,
+  RESULT_MAGIC = 0x70676c72,
+  WAITER_MAGIC = 0x70676c77,
+  WATCH_MAGIC = 0x70676c68
 };
 
-/* Gives the userdata at the top, which begins with a tag, the metatable of its type. */
-void tag_userdata(lua_State *L, const char *type, uint32_t magic);
-/* The same with the metatable at the top, which it pops. */
-void tag_with(lua_State *L, struct tag *tag, uint32_t magic);
-/* The userdata at `index` if it is one of ours; or NULL. */
-void *test_userdata(lua_State *L, int index, size_t size, uint32_t magic);
-void *check_userdata(lua_State *L, int index, const char *type, size_t size, uint32_t magic);
+/* The userdata at `index` if it is one of ours, of that type; or NULL. */
+void *test_userdata(lua_State *L, int index, size_t size, enum magic magic);
+void *check_userdata(lua_State *L, int index, const char *type, size_t size, enum magic magic);
 double monotonic_now(void); /* seconds */
 
 enum code {
@@ -327,13 +328,12 @@ enum { BUCKETS = 16 };
 /* Bytes of so many keys as PostgreSQL's int8[] in binary form. */
 #define PACKED_SIZE(keys) (20 + 12 * (size_t)(keys))
 
+/* What every pair of lock and release looks at comes first, in a few lines of the processor's cache. */
 struct session {
   PGconn *pg; /* NULL once closed, lost or forked */
   int refs;
   enum session_state state;
-  unsigned born; /* fork generation */
-  struct session *next, **link; /* all sessions of the process, for fork */
-  struct failure loss;
+  unsigned born;  /* fork generation */
   bool doomed;    /* the server announced the end, and why stands in loss */
   bool closing;   /* close() has let go of all locks, and waits for the answer */
   bool loss_told; /* on_lost has been called */
@@ -341,30 +341,35 @@ struct session {
   bool deferred;  /* releases are sent and their answers collected later */
   bool scheduled; /* a scheduler waits for it: nothing here blocks */
   bool pooled;
-  int backend_pid, server_version;
-  double reply_timeout; /* seconds */
+  bool unflushed;        /* libpq has more to write than its socket took */
+  bool broken;           /* not the server, but the network ended it */
+  bool written;          /* there may be something to take at pump_fd */
+  int wait_fd, timer_fd; /* of waits that block: an epoll instance on the socket and a timer, or -1 */
+  double alarm;          /* when that strikes next, in monotonic seconds; 0: it does not */
+  double reply_timeout;  /* seconds */
   struct command *oldest, **newest, *spare_commands;
-  struct holding **buckets, *first_buckets[BUCKETS], *spare_holdings;
+  struct holding **buckets, *spare_holdings;
   size_t bucket_count, holding_count;
   unsigned long generations;
   int doubtful, settle_rounds;
-  char *packed, first_packed[PACKED_SIZE(ALWAYS_ROOM_FOR)]; /* a parameter: keys as an array */
-  size_t packed_for;                                       /* so many */
+  struct cancel *cancel;    /* a cancel request under way */
+  unsigned long operations; /* begun so far: the number of the one under way */
+  uint32_t prepared;        /* a bit for each statement */
+  int pump_fd;              /* what libpq takes for the server is a socketpair: its other end, or -1.
+                             * libpq does not know the server's address then, and cannot send it a
+                             * cancel request */
+  struct operation op;
+
+  size_t packed_for; /* keys: room for so many as a parameter */
+  char *packed, first_packed[PACKED_SIZE(ALWAYS_ROOM_FOR)];
+  struct holding *first_buckets[BUCKETS];
+  struct session *next, **link; /* all sessions of the process, for fork */
+  struct failure loss;
   struct failure release_failure; /* of a deferred release, for on_lost */
   struct key release_key;
-  struct cancel *cancel; /* a cancel request under way */
-  int watch_fd;          /* an epoll instance on the socket, or -1 */
-  int wait_fd, timer_fd; /* of waits that block: an epoll instance on the socket and a timer, or -1 */
-  double alarm;          /* when that strikes next, in monotonic seconds; 0: it does not */
-  int pump_fd; /* what libpq takes for the server is a socketpair: its other end, or -1. libpq does
-                * not know the server's address then, and cannot send it a cancel request */
-  bool unflushed; /* libpq has more to write than its socket took */
-  bool broken;    /* not the server, but the network ended it */
-  bool written;   /* there may be something to take at that end */
-  size_t given; /* bytes for libpq to read at its end */
-  struct operation op;
-  unsigned long operations; /* begun so far: the number of the one under way */
-  uint32_t prepared; /* a bit for each statement */
+  int backend_pid, server_version;
+  int watch_fd; /* an epoll instance on the socket, or -1 */
+  size_t given; /* bytes for libpq to read at pump_fd's other end */
 };
 
 struct session *session_new(void); /* NULL without memory */

@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define MAGIC 0x70676c71u
 #define RESULT_TYPE "pglocks result"
 
 enum { MAX_PARAMETERS = 64, BOOL_OID = 16, INT8_OID = 20, INT2_OID = 21, INT4_OID = 23, OID_OID = 26 };
@@ -78,19 +77,20 @@ static void push_rows(lua_State *L, const PGresult *result) {
 /* Made before the query is sent, so that its result always has an owner: Lua may throw while it
  * makes tables of it, and may run a finalizer that makes another query. */
 struct box {
-  struct tag tag;
+  enum magic magic;
   PGresult *result;
 };
 
 static struct box *box_push(lua_State *L) {
   struct box *box = new_userdata(L, sizeof *box);
+  box->magic = RESULT_MAGIC;
   box->result = NULL;
-  tag_userdata(L, RESULT_TYPE, MAGIC);
+  luaL_setmetatable(L, RESULT_TYPE);
   return box;
 }
 
 static int box_collect(lua_State *L) {
-  struct box *box = test_userdata(L, 1, sizeof *box, MAGIC);
+  struct box *box = test_userdata(L, 1, sizeof *box, RESULT_MAGIC);
   if (box != NULL) {
     PQclear(box->result);
     box->result = NULL;
