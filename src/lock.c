@@ -34,8 +34,14 @@ struct lock {
   struct member members[]; /* in the order of key_compare, each key once */
 };
 
+/* Not counted in its holding, or the server does not hold that any more. */
 static bool member_lost(const struct member *m) {
   return m->holding->generation != m->generation;
+}
+
+static void member_count(struct member *m) {
+  m->holding->count++;
+  m->generation = m->holding->generation;
 }
 
 static enum lock_state lock_state(const struct lock *lock) {
@@ -282,11 +288,8 @@ static void granted(struct session *s) {
    * of life: only what we send ourselves, and nobody acknowledges, tells us so in time. */
   if (lock->waited > LONG_WAIT) command_nothing(s);
   if (op->done) return; /* lost */
-  for (size_t i = 0; i < lock->count; i++) {
-    struct member *m = &lock->members[i];
-    m->holding->count++;
-    m->generation = m->holding->generation;
-  }
+  for (size_t i = 0; i < lock->count; i++)
+    if (member_lost(&lock->members[i])) member_count(&lock->members[i]);
   lock->state = LOCK_HELD;
   lock->acquired = true;
   op->failure.code = NO_ERROR;
@@ -334,13 +337,22 @@ static void take_pending(lua_State *L, const struct lock *lock) {
   slot_set(L, 1, SLOT_PENDING);
 }
 
+static void lock_leave(struct session *s, struct lock *lock, struct chain *chain);
+
+/* Gives back what was counted at once. Nothing is sent for it while the operation goes on. */
+static void uncount(struct session *s, struct lock *lock) {
+  struct chain nothing = {.kind = LEAVING};
+  lock_leave(s, lock, &nothing);
+  lock->state = LOCK_CLOSED;
+}
+
 static int acquire_finish(lua_State *L, struct session *s) {
   struct operation *op = &s->op;
-  const struct lock *lock = op->lock;
+  struct lock *lock = op->lock;
   enum demand demand = (enum demand)op->demand;
   bool waited = op->timeout > 0;
   take_pending(L, lock);
-  if (op->failure.code != NO_ERROR) op->lock->state = LOCK_CLOSED;
+  if (op->failure.code != NO_ERROR) uncount(s, lock);
   if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
     operation_drop(s);
     if (demand == DEMAND_ATTEMPT) return 1;
@@ -473,6 +485,7 @@ static void sort_members(struct lock *lock) {
 static size_t member_read(lua_State *L, int index, int element, const struct options *o,
                           struct member *m, char *names, size_t room) {
   m->holding = NULL;
+  m->generation = 0; /* no holding's */
   m->name = NULL;
   m->name_length = 0;
   key_check(L, index, 3, 1, element, &o->hashing, &m->key);
@@ -556,10 +569,14 @@ static bool holds_all(const struct lock *lock) {
   return i == lock->count;
 }
 
-/* Asks the server about what is not ours already. */
-static void ask_for_all(struct session *s, const struct lock *lock) {
+/* Asks the server about what is not ours already. What is ours is counted at once: while this lock waits
+ * for the rest, the scope of another one on it may end. */
+static void ask_for_all(struct session *s, struct lock *lock) {
   for (size_t i = 0; i < lock->count; i++)
-    if (lock->members[i].holding->count == 0) chain_add(&s->op.asked, lock->members[i].holding);
+    if (lock->members[i].holding->count == 0)
+      chain_add(&s->op.asked, lock->members[i].holding);
+    else
+      member_count(&lock->members[i]);
 }
 
 /* Connection, key or keys, options; leaves the lock at the top. The server enforces the timeout; the client's deadline behind it
