@@ -39,7 +39,7 @@ function parts.pairs(bar, found)
     end
     for _, limit in ipairs { { confirmed, 6 }, { deferred, 5 } } do
       local counted = found.counts[limit[1]]
-      bar(limit[1] .. ", system calls", AT_MOST, limit[2], counted and counted.strace)
+      bar(limit[1] .. ", system calls", AT_MOST, limit[2], counted and counted.strace and counted.strace.total)
     end
   end
   bar("transaction scope to BEGIN, lock, COMMIT", AT_LEAST, 1.4, nil, "pglocks has none yet")
@@ -47,8 +47,10 @@ function parts.pairs(bar, found)
 end
 
 function parts.network(bar, found)
-  bar("Lua 5.4 deferred to C text, 1 ms of network", AT_LEAST, 1.9,
-    ratio(found[1], "Lua 5.4 deferred", "C text"))
+  for _, runtime in ipairs(candidates.runtimes) do
+    bar(runtime .. " deferred to C text, 1 ms of network", AT_LEAST, 1.9,
+      ratio(found[1], runtime .. " deferred", "C text"))
+  end
 end
 
 -- Once in half a second one that waits looks whether it was interrupted: "no CPU" leaves room for that.

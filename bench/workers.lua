@@ -165,16 +165,49 @@ end
 
 -- ---- counting ---------------------------------------------------------------------------
 
+local function read(path)
+  local file = assert(io.open(path))
+  local text = file:read "*a"
+  file:close()
+  return text
+end
+
+local FOUND = "build/bench/callgrind.out"
+
+-- Instructions by the file of the program that they are in. In callgrind's format a cost is a line that
+-- begins with a number or a relative one, except after `calls=`, where it is that of what was called.
+local function instructions()
+  local names, found, object, called = {}, { total = 0 }, nil, false
+  for line in read(FOUND):gmatch "[^\n]+" do
+    local number, name = line:match "^c?ob=(%b()) ?(.*)"
+    if number then
+      if name ~= "" then names[number] = name:match "[^/]*$" end
+      if line:sub(1, 1) == "o" then object = names[number] end
+    elseif line:find "^calls=" then
+      called = true
+    elseif line:find "^[%d*+-]" then
+      local cost = not called and tonumber(line:match "^%S+ (%d+)")
+      if cost then
+        found[object] = (found[object] or 0) + cost
+        found.total = found.total + cost
+      end
+      called = false
+    end
+  end
+  os.remove(FOUND)
+  return found
+end
+
 local TOOLS = {
   strace = {
     under = "strace -f -c",
-    total = "100%.00 +%S+ +%S+ +(%d+)[ %d]* total",
+    total = function(said) return { total = tonumber(said:match "100%.00 +%S+ +%S+ +(%d+)[ %d]* total") } end,
     least = 200,
     most = 1200,
   },
   valgrind = {
-    under = "valgrind --tool=callgrind --callgrind-out-file=/dev/null",
-    total = "Collected : (%d+)",
+    under = "valgrind --tool=callgrind --callgrind-out-file=" .. FOUND,
+    total = instructions,
     least = 500,
     most = 1500,
   },
@@ -186,28 +219,24 @@ local function count_all(tool, candidate, conninfo, pairs_wanted)
   local program = table.concat(candidate.command, " ")
   local command = form:format(tool.under, program, conninfo, candidate.variant or "")
   local said = workers.shell(("echo count %d | { %s 2>&1 >/dev/null; }"):format(pairs_wanted, command))
-  return tonumber(said:match(tool.total))
+  return tool.total(said)
 end
 
---- What a pair takes: system calls (`strace`) or instructions of the client (`valgrind`). It is the
---- difference of two runs, so that the start does not count. nil where the tool does not work.
+--- What a pair takes, as `total`: system calls (`strace`) or instructions of the client (`valgrind`), these
+--- also by the file that they are in. It is the difference of two runs, so that the start does not count.
+--- nil where the tool is missing.
 function workers.count(name, candidate, conninfo)
-  local tool = TOOLS[name]
+  local tool, each = TOOLS[name], {}
   if not workers.has(name) then return nil end
   local least = count_all(tool, candidate, conninfo, tool.least)
-  local most = count_all(tool, candidate, conninfo, tool.most)
-  local each = least and most and (most - least) / (tool.most - tool.least)
-  return each and math.floor(each * 10 + 0.5) / 10 -- the allocator's calls now and then are none of a pair
+  for where, most in pairs(count_all(tool, candidate, conninfo, tool.most)) do
+    local one = (most - (least[where] or 0)) / (tool.most - tool.least)
+    each[where] = math.floor(one * 10 + 0.5) / 10 -- the allocator's calls now and then are none of a pair
+  end
+  return each
 end
 
 -- ---- processes --------------------------------------------------------------------------
-
-local function read(path)
-  local file = assert(io.open(path))
-  local text = file:read "*a"
-  file:close()
-  return text
-end
 
 --- Seconds that a process has had a CPU.
 function workers.cpu(pid)

@@ -19,7 +19,7 @@ end
 
 return function(bench)
   local list = candidates.all("C text", "C binary", "C deferred", "Lua 5.4 confirmed", "Lua 5.4 timeout",
-    "Lua 5.4 deferred")
+    "Lua 5.4 deferred", "LuaJIT deferred")
   local rows = { { "" } }
   for place, candidate in ipairs(list) do rows[place + 1] = { candidate.name } end
   bench.found.network = {}

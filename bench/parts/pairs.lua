@@ -24,8 +24,8 @@ local function row_of(name, measured, counts)
   row[#row + 1] = ("%.2f"):format((numbers.ratio(own.cpu, binary.cpu)))
   if counts then
     local counted = counts[name] or {}
-    row[#row + 1] = counted.strace and ("%.1f"):format(counted.strace) or ""
-    row[#row + 1] = counted.valgrind and numbers.whole(counted.valgrind) or ""
+    row[#row + 1] = counted.strace and ("%.1f"):format(counted.strace.total) or ""
+    row[#row + 1] = counted.valgrind and numbers.whole(counted.valgrind.total) or ""
   end
   return row
 end
@@ -35,6 +35,28 @@ local function report(bench, name, title, crew, measured, counts)
   if counts then table.move(COUNTS, 1, #COUNTS, #HEAD + 1, rows[1]) end
   for _, worker in ipairs(crew) do rows[#rows + 1] = row_of(worker.name, measured, counts) end
   bench.report(name, title, rows)
+end
+
+-- Where the instructions are.
+local FILES = { "libpq", "libc%.", "^lua", "^core%.so$" }
+
+local function report_instructions(bench, counts)
+  local rows = { { "", "instructions", "libpq", "libc", "interpreter", "pglocks" } }
+  for _, candidate in ipairs(candidates.pairs) do
+    local counted = (counts[candidate.name] or {}).valgrind
+    if counted then
+      local row = { candidate.name, numbers.whole(counted.total) }
+      for place, pattern in ipairs(FILES) do
+        local sum = 0
+        for file, each in pairs(counted) do
+          if file:find(pattern) then sum = sum + each end
+        end
+        row[place + 2] = numbers.whole(sum)
+      end
+      rows[#rows + 1] = row
+    end
+  end
+  if #rows > 1 then bench.report("instructions", "Instructions of the client for a pair, and where", rows) end
 end
 
 -- Returns how to stop it again.
@@ -85,6 +107,7 @@ return function(bench)
   report(bench, "pairs-same", "Pairs, client and server on one CPU", crew, found.same, found.counts)
   report(bench, "pairs-cross", "Pairs, client and server on two CPUs", crew, found.cross)
   for _, line in ipairs(missing) do print("  left out: " .. line) end
+  report_instructions(bench, found.counts)
 
   local list = candidates.all("C text", "C binary", "Lua 5.4 confirmed", "LuaJIT confirmed")
   crew = workers.start(list, bench.tcp())
