@@ -188,6 +188,16 @@ describe("lock_all", function()
     conn:query "ROLLBACK"
   end)
 
+  it("leaves a lock that is held already the name it was taken by", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    conn:lock_all { pglocks.key "x", "y" }
+    local names = {}
+    for _, one in ipairs(conn:locks()) do names[tostring(one.key)] = one.name end
+    assert.same({ [tostring(pglocks.key "x")] = "x", [tostring(pglocks.key "y")] = "y" }, names)
+    assert.is_true(lock:release())
+  end)
+
   it("is done by one statement", function()
     local conn, other = support.connect(), support.connect()
     local busy = other:lock(1000)
@@ -265,6 +275,7 @@ describe("lock_all", function()
     says("(keys[2]: what the 'hash' function returned: integer, pair of integers or key expected, got string)",
       { "x", "y" }, { hash = function(name) return name == "x" and 1 or name end })
     says("unknown option 'timeuot'", { 1 }, { timeuot = 1 })
+    says("(at most 1000000 keys expected)", numbers(1000001))
     local keys = { "short", "short" }
     says("the list of keys was changed meanwhile", keys, { hash = function()
       keys[1], keys[2] = ("long"):rep(9), ("long"):rep(9)
@@ -380,13 +391,17 @@ describe("G26: a set of locks", function()
 
   -- The server begins to count; with the waiter's backend stopped the timeout passes and the lock is
   -- granted; what the server then says is the timeout.
-  local function grant_and_time_out(conn, keys, busy)
+  local function grant_unheard(conn, keys, busy)
     begin_waiting(conn, keys, { timeout = 0.2 * support.slow })
     support.signal("STOP", conn.backend_pid)
     support.sleep(0.2 * support.slow)
     busy:release()
     support.wait_until("the grant", function() return not support.is_waiting(conn.backend_pid) end)
     support.signal("CONT", conn.backend_pid)
+  end
+
+  local function grant_and_time_out(conn, keys, busy)
+    grant_unheard(conn, keys, busy)
     return pcall(support.complete, conn)
   end
 
@@ -409,6 +424,39 @@ describe("G26: a set of locks", function()
     assert.same({}, held(conn.backend_pid))
   end)
 
+  -- The statement's timeout is adopted only when nobody has interrupted while the guard looked.
+  it("row 10, waiting: lets go of a timeout that got the last of them, when conn:cancel() comes then", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn, other = support.connect(), support.connect()
+    local pid = conn.backend_pid
+    local busy = other:lock(2)
+    grant_unheard(conn, { 1, 2 }, busy)
+    support.wait_until("the timeout", function()
+      return support.observe("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)[1].state == "idle"
+    end)
+    support.signal("STOP", pid) -- so that the guard is still to be answered
+    support.core.step(conn)
+    assert.is_true(conn:cancel())
+    support.signal("CONT", pid)
+    support.assert_code("interrupted", support.complete, conn)
+    assert.same({}, held(pid))
+    assert.same({}, conn:locks())
+  end)
+
+  -- Of the keys that a failed release left, the server may count 2.
+  it("row 10, waiting: adopts no timeout while the release of one of them is in doubt", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn, other = support.connect { release = "deferred" }, support.connect()
+    conn:lock(1):release()
+    conn:ping()
+    local busy, lock = other:lock(2), conn:lock(1)
+    conn:query "DEALLOCATE pglocks_unlock_8"
+    lock:release()
+    grant_unheard(conn, { 1, 2 }, busy)
+    support.assert_code("timeout", support.complete, conn)
+    assert.same({}, held(conn.backend_pid))
+  end)
+
   it("does not abort the transaction that it fails in", function()
     local conn, other = support.connect(), support.connect()
     local busy = other:lock(2)
@@ -427,10 +475,25 @@ describe("G26: a set of locks", function()
     local pairs_too = conn:lock_all({ 5, { 7, 42 } }, { shared = true })
     conn:query "BEGIN"
     support.assert_code("server", conn.query, conn, "SELECT 1/0")
-    support.assert_code("aborted_transaction", conn.lock_all, conn, { 1000, 1001 })
+    local err = support.assert_code("aborted_transaction", conn.lock_all, conn, { 1000, 1001 })
+    assert.equal("the transaction is aborted: nothing was locked", err.message)
+    support.assert_code("aborted_transaction", lock.check, lock) -- and asks nobody, who would refuse
     assert.is_true(lock:release())
     assert.is_true(pairs_too:release())
     assert.equal(102, #held(conn.backend_pid))
+    conn:query "ROLLBACK"
+    assert.same({}, held(conn.backend_pid))
+    assert.same({}, conn:locks())
+  end)
+
+  -- The release is not even prepared, so that there is no savepoint behind which to ask the guard.
+  it("is let go when the transaction ends that its release has failed", function()
+    local conn = support.connect()
+    local lock = conn:lock_all { 1, 2, { 7, 42 } }
+    conn:query "PREPARE pglocks_unlock_all AS SELECT 1"
+    conn:query "BEGIN"
+    support.assert_code("aborted_transaction", lock.release, lock)
+    assert.equal(3, #held(conn.backend_pid))
     conn:query "ROLLBACK"
     assert.same({}, held(conn.backend_pid))
     assert.same({}, conn:locks())
@@ -453,6 +516,41 @@ describe("G26: a set of locks", function()
     again:release()
     conn:ping()
     assert.same({}, held(conn.backend_pid))
+  end)
+
+  -- What answers nonsense here has let go: a guard that came after the grant would let go of that.
+  it("takes anew what a release let go that was not understood, whichever of its keys that was", function()
+    for _, keys in ipairs { { 2, 3, 4 }, { 1, 2, 3 }, { 1, 3 } } do
+      local conn = support.connect { release = "deferred" }
+      conn:lock_all({ 1, 2 }):release()
+      conn:ping()
+      local lock = conn:lock_all { 2, 3 }
+      conn:query "DEALLOCATE pglocks_unlock_all"
+      conn:query [[PREPARE pglocks_unlock_all(int8[], int4) AS
+        SELECT 'nonsense' FROM unnest($1) k, pg_advisory_unlock(k) WHERE $2 > 0]]
+      lock:release()
+      local again = conn:lock_all(keys)
+      conn:ping()
+      assert.same(keys, held(conn.backend_pid))
+      assert.is_true(again:check())
+      conn:close()
+    end
+  end)
+
+  it("counts anew what a deferred release has let go, though its answer was not yet read", function()
+    local conn = support.connect { release = "deferred" }
+    local one, two = conn:lock(1), conn:lock(2)
+    one:release()
+    support.wait_until("the release", function() return #held(conn.backend_pid) == 1 end)
+    support.sleep(0.02) -- and its answer
+    local lock = conn:lock_all { 1, 2 }
+    conn:lock(3)
+    assert.equal(3, #conn:locks())
+    lock:release()
+    two:release()
+    conn:ping()
+    assert.same({ 3 }, held(conn.backend_pid))
+    assert.equal(1, #conn:locks())
   end)
 
   it("is let go by the guard after a release that failed", function()
@@ -505,6 +603,61 @@ describe("a set of locks of which one was lost", function()
     assert.is_true(one:check())
     one:release()
     assert.same({}, held(conn.backend_pid))
+  end)
+
+  it("is lost with all that check() misses, for the other locks on these keys", function()
+    local conn = support.connect()
+    local lock = conn:lock_all { 1, 2, 3, 4 }
+    local two, rest = conn:lock(2), conn:lock_all { 3, 4 }
+    local one = conn:lock(1)
+    conn:query "SELECT pg_advisory_unlock(2), pg_advisory_unlock(4)"
+    local err = support.assert_code("lost", lock.check, lock)
+    assert.is_nil(err.key)
+    assert.is_false(two:held() or rest:held())
+    assert.is_true(one:held())
+    assert.same({ { 1, 2 }, { 3, 2 } }, (function()
+      local list = {}
+      for i, held_one in ipairs(conn:locks()) do list[i] = { held_one.key.objid, held_one.count } end
+      table.sort(list, function(a, b) return a[1] < b[1] end)
+      return list
+    end)())
+    assert.is_nil(support.assert_code("lost", lock.release, lock).key)
+    assert.equal("2", tostring(support.assert_code("lost", two.release, two).key))
+  end)
+
+  it("is not held, rather than lost, for a check() during which its scope has ended", function()
+    local conn = support.connect()
+    local lock, two = conn:lock_all { 1, 2 }, conn:lock(2)
+    conn:query "SELECT pg_advisory_unlock(2)"
+    support.core.start.check(lock)
+    getmetatable(lock).__close(lock)
+    support.assert_code("not_held", support.complete, conn)
+    assert.is_false(two:held())
+    conn:ping()
+    assert.same({}, held(conn.backend_pid))
+  end)
+
+  it("tells on_lost at the end of its scope, with the key", function()
+    local told = {}
+    local conn = support.connect { on_lost = function(_, err) told[#told + 1] = err end }
+    local lock = conn:lock_all { 1, 2, 3 }
+    conn:query "SELECT pg_advisory_unlock(2)"
+    getmetatable(lock).__close(lock)
+    assert.equal(1, #told)
+    assert.equal("not_held", told[1].code)
+    assert.equal("2", tostring(told[1].key))
+    assert.same({}, held(conn.backend_pid))
+  end)
+
+  it("is lost with its session, also where its release is only counted", function()
+    local conn = support.connect()
+    local lock = conn:lock_all { 1, 2 }
+    conn:lock_all { 1, 2 }
+    support.observe("SELECT pg_terminate_backend($1)", conn.backend_pid)
+    support.wait_until("the end", function()
+      return #support.observe("SELECT 1 FROM pg_stat_activity WHERE pid = $1", conn.backend_pid) == 0
+    end)
+    support.assert_code("lost", lock.release, lock)
   end)
 
   it("lets go of the rest at the end of its scope, too, and when it is collected", function()
@@ -573,6 +726,33 @@ describe("the deferred release of a set of locks", function()
     getmetatable(lock).__close(lock)
     support.signal("CONT", pid)
     support.wait_until("the release", function() return #held(pid) == 0 end)
+  end)
+end)
+
+describe("a connection that many sets of locks were taken on", function()
+  after_each(support.finish)
+
+  local function kilobytes()
+    collectgarbage()
+    collectgarbage()
+    return tonumber(support.read "/proc/self/statm":match "^%d+ (%d+)") * 4
+  end
+
+  it("needs no more memory for those that are over", function()
+    local conn, other = support.connect { release = "deferred" }, support.connect()
+    local busy = other:lock(0)
+    local before
+    for round = 1, 12 do
+      local keys = numbers(4000, 1 + round * 4000)
+      conn:lock_all(keys):release()
+      conn:ping()
+      keys[#keys + 1] = 0
+      assert.is_nil((conn:try_lock_all(keys)))
+      if round == 2 then before = kilobytes() end
+    end
+    local more = kilobytes() - before -- 100 bytes for each key would be 4000 of them
+    assert.is_true(more < 2000, more)
+    busy:release()
   end)
 end)
 
