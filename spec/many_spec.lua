@@ -236,6 +236,14 @@ describe("lock_all", function()
     end
   end)
 
+  it("takes few after many, and lets go of the many", function()
+    local conn = support.connect()
+    local many, few = conn:lock_all(numbers(5000)), conn:lock_all(numbers(40, 10001))
+    assert.is_true(many:release())
+    assert.same(numbers(40, 10001), held(conn.backend_pid))
+    few:release()
+  end)
+
   it("of one key is a lock on many", function()
     local conn = support.connect()
     local lock = conn:lock_all { "x" }
@@ -486,6 +494,19 @@ describe("G26: a set of locks", function()
     assert.same({}, conn:locks())
   end)
 
+  it("is let go when that transaction ends, however many statements it refused and however many locks there are",
+    function()
+      local conn, locks = support.connect(), {}
+      for i = 1, 100 do locks[i], locks[100 + i] = conn:lock(i), conn:lock { i, -i } end
+      conn:query "BEGIN"
+      support.assert_code("server", conn.query, conn, "SELECT 1/0")
+      for _, lock in ipairs(locks) do assert.is_true(lock:release()) end
+      for _ = 1, 60 do support.assert_code("aborted_transaction", conn.query, conn, "SELECT 1") end
+      conn:query "ROLLBACK"
+      assert.same({}, held(conn.backend_pid))
+      assert.is_true(conn:ping())
+    end)
+
   -- The release is not even prepared, so that there is no savepoint behind which to ask the guard.
   it("is let go when the transaction ends that its release has failed", function()
     local conn = support.connect()
@@ -535,6 +556,21 @@ describe("G26: a set of locks", function()
       assert.is_true(again:check())
       conn:close()
     end
+  end)
+
+  it("is no loss when the guard finds nothing left of a release that was not understood", function()
+    local told = {}
+    local conn = support.connect { release = "deferred", on_lost = function(_, err) told[#told + 1] = err end }
+    conn:lock_all({ 1, 2 }):release()
+    conn:ping()
+    local lock = conn:lock_all { 1, 2 }
+    conn:query "DEALLOCATE pglocks_unlock_all"
+    conn:query [[PREPARE pglocks_unlock_all(int8[], int4) AS
+      SELECT 'nonsense' FROM unnest($1) k, pg_advisory_unlock(k) WHERE $2 > 0]]
+    lock:release()
+    for _ = 1, 3 do conn:ping() end
+    assert.same({}, told)
+    assert.same({}, held(conn.backend_pid))
   end)
 
   it("counts anew what a deferred release has let go, though its answer was not yet read", function()
