@@ -178,13 +178,17 @@ describe("lock_all", function()
     b:release()
   end)
 
-  it("leaves the connection's lock_timeout alone", function()
-    local conn = support.connect()
-    conn:lock_all({ 1, 2 }, { timeout = 5 }):release()
-    assert.equal("0", conn:query("SHOW lock_timeout")[1].lock_timeout)
-    conn:query "BEGIN"
-    conn:lock_all({ 1, 2 }, { timeout = 5 }):release()
-    assert.equal("0", conn:query("SHOW lock_timeout")[1].lock_timeout)
+  it("leaves the connection's lock_timeout alone, also where it had to wait", function()
+    local conn, other = support.connect(), support.connect()
+    for _, transaction in ipairs { false, true } do
+      if transaction then conn:query "BEGIN" end
+      conn:lock_all({ 1, 2 }, { timeout = 5 }):release()
+      local busy = other:lock(1)
+      begin_waiting(conn, { 1, 2 }, { timeout = 20 })
+      busy:release()
+      support.complete(conn):release()
+      assert.equal("0", conn:query("SHOW lock_timeout")[1].lock_timeout)
+    end
     conn:query "ROLLBACK"
   end)
 
