@@ -178,6 +178,14 @@ describe("lock_all", function()
     b:release()
   end)
 
+  it("does not wait for ever for a key that it comes to after its deadline", function()
+    local conn, other = support.connect(), support.connect()
+    local busy = other:lock(5000)
+    assert.same({ nil, "timeout" }, { conn:try_lock_all(numbers(5000), { timeout = 0.001 }) })
+    assert.same({}, held(conn.backend_pid))
+    busy:release()
+  end)
+
   it("leaves the connection's lock_timeout alone, also where it had to wait", function()
     local conn, other = support.connect(), support.connect()
     for _, transaction in ipairs { false, true } do
