@@ -73,8 +73,10 @@ describe("lock_all", function()
     local conn, other = support.connect(), support.connect()
     local keys = { "x", 42, -1, { 7, 42 }, { -7, -42 }, { 2147483647, -2147483648 },
       -4294967296, 4294967295, pglocks.key("x", { namespace = "y" }) }
-    for _, shared in ipairs { false, true } do
-      local lock = conn:lock_all(keys, { shared = shared })
+    for _, options in ipairs { {}, { timeout = 5 }, { timeout = 0 }, { shared = true },
+      { shared = true, timeout = 5 }, { shared = true, timeout = 0 } } do
+      local shared = options.shared
+      local lock = conn:lock_all(keys, options)
       local together = support.pg_locks(conn.backend_pid)
       assert.equal(#keys, #together)
       for _, key in ipairs(keys) do
@@ -159,6 +161,25 @@ describe("lock_all", function()
     assert.same({ 5 }, held(conn.backend_pid))
     assert.is_true(five:check())
     assert.equal(1, #conn:locks())
+    busy:release()
+  end)
+
+  it("keeps the other mode of its keys when it fails", function()
+    local conn, other = support.connect(), support.connect()
+    local busy = other:lock(3)
+    for _, shared in ipairs { false, true } do
+      local lock = conn:lock_all({ 1, 2 }, { shared = shared })
+      support.assert_code("timeout", conn.lock_all, conn, { 1, 2, 3 }, { shared = not shared, timeout = 0.02 })
+      assert.same({ nil, "busy" }, { conn:try_lock_all({ 1, 2, 3 }, { shared = not shared }) })
+      assert.same({ 1, 2 }, held(conn.backend_pid))
+      assert.is_true(lock:check())
+      local both = conn:lock_all({ 2, 1 }, { shared = not shared })
+      assert.is_true(both:check())
+      assert.same({ 1, 1, 2, 2 }, held(conn.backend_pid))
+      both:release()
+      assert.is_true(lock:check())
+      lock:release()
+    end
     busy:release()
   end)
 
@@ -826,6 +847,7 @@ describe("a connection that many sets of locks were taken on", function()
       for i = 1, 4000 do keys[i] = round * 4000 + i end
       conn:lock_all(keys):release()
       conn:ping()
+      for i = 1, 4000 do keys[i] = -keys[i] end -- others, as any would find what is left of the first
       keys[#keys + 1] = 0
       assert(not conn:try_lock_all(keys))
       if round == 2 then before = kilobytes() end
