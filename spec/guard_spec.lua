@@ -250,6 +250,21 @@ describe("the guard", function()
     assert.same({}, support.pg_locks(conn.backend_pid))
   end)
 
+  it("is no loss of other locks in a transaction that a failed deferred release has aborted", function()
+    local conn = support.connect { release = "deferred" }
+    conn:lock("warm"):release()
+    local kept, lock = conn:lock "kept", conn:lock "released"
+    conn:query "DEALLOCATE pglocks_unlock_8"
+    conn:query "BEGIN"
+    lock:release()
+    support.assert_code("aborted_transaction", kept.check, kept)
+    assert.is_true(kept:held())
+    conn:query "ROLLBACK"
+    assert.is_true(kept:check())
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    kept:release()
+  end)
+
   it("gives up a lock that a failed deferred release kept, and that others wait for", function()
     local conn = support.connect { release = "deferred" }
     conn:lock("warm", { shared = true }):release()

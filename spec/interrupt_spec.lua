@@ -132,11 +132,20 @@ describe("conn:cancel()", function()
     lock:release()
   end)
 
+  local function own_pid()
+    local file = assert(io.open "/proc/self/stat")
+    local pid = file:read "*n"
+    file:close()
+    return pid
+  end
+
+  local function count_threads()
+    return select(2, support.shell(("ls /proc/%d/task"):format(own_pid())):gsub("\n", ""))
+  end
+
   -- The program's handlers are Lua's, for the thread that it runs in.
   local function other_threads_block_signals()
-    local file = assert(io.open "/proc/self/stat")
-    local pid, count = file:read "*n", 0
-    file:close()
+    local pid, count = own_pid(), 0
     local masks = support.shell(("grep SigBlk /proc/%d/task/*/status"):format(pid))
     for thread, mask in masks:gmatch "task/(%d+)/status:SigBlk:%s*(%x+)" do
       if tonumber(thread) ~= pid then
@@ -146,6 +155,31 @@ describe("conn:cancel()", function()
     end
     return count > 0
   end
+
+  -- A request that reaches the server's process before the statement does is for nothing.
+  it("ends a wait that begins only after the request has come", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn, other = support.connect(), support.connect()
+    local kept, busy = conn:lock "kept", other:lock "busy"
+    local threads = count_threads()
+    for _, begin in ipairs {
+      function() support.begin(conn, "lock", "busy") end,
+      function() support.begin(conn, "lock_all", { "busy", "free" }, { timeout = 20 }) end,
+      function() support.begin(conn, "query", "SELECT pg_sleep(20)") end,
+    } do
+      support.signal("STOP", conn.backend_pid)
+      begin()
+      assert.is_true(conn:cancel())
+      support.wait_until("the request to have come", function() return count_threads() == threads end)
+      support.signal("CONT", conn.backend_pid)
+      local seconds = support.timed(support.assert_code, "interrupted", support.complete, conn)
+      assert.is_true(seconds < 5 * support.slow, seconds)
+    end
+    assert.is_true(kept:check())
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    kept:release()
+    busy:release()
+  end)
 
   it("sends nothing before its request has finished, which could hit that", function()
     if support.cannot_signal then return pending(support.cannot_signal) end

@@ -129,25 +129,30 @@ describe("lock_all", function()
   -- Another coroutine's scope ends, or a lock is collected.
   for what, outcome in pairs { ["is granted"] = true, fails = false } do
     it("keeps a key that another lock lets go while it waits for the rest, until it " .. what, function()
-      local conn, other = support.connect(), support.connect()
-      local first, busy = conn:lock(1), other:lock(2)
-      begin_waiting(conn, { 1, 2 })
-      getmetatable(first).__close(first)
-      assert.same({ nil, "busy" }, { other:try_lock(1) })
-      if outcome then
-        busy:release()
-        local lock = support.complete(conn)
-        assert.is_true(conn:ping())
-        assert.is_true(lock:check())
-        assert.same({ 1, 2 }, held(conn.backend_pid))
-        lock:release()
-      else
-        support.observe("SELECT pg_cancel_backend($1)", conn.backend_pid)
-        support.assert_code("interrupted", support.complete, conn)
-        assert.is_true(conn:ping())
+      for _, release in ipairs { "confirmed", "deferred" } do
+        for _, options in ipairs { {}, { timeout = 20 }, { shared = true } } do
+          local conn, other = support.connect { release = release }, support.connect()
+          local first, busy = conn:lock(1, { shared = options.shared }), other:lock(2)
+          begin_waiting(conn, { 1, 2 }, options)
+          getmetatable(first).__close(first)
+          assert.same({ nil, "busy" }, { other:try_lock(1) })
+          if outcome then
+            busy:release()
+            local lock = support.complete(conn)
+            assert.is_true(conn:ping())
+            assert.is_true(lock:check())
+            assert.same({ 1, 2 }, held(conn.backend_pid))
+            lock:release()
+          else
+            support.observe("SELECT pg_cancel_backend($1)", conn.backend_pid)
+            support.assert_code("interrupted", support.complete, conn)
+            busy:release()
+          end
+          assert.is_true(conn:ping())
+          assert.same({}, held(conn.backend_pid))
+          assert.same({}, conn:locks())
+        end
       end
-      assert.same({}, held(conn.backend_pid))
-      assert.same({}, conn:locks())
     end)
   end
 

@@ -65,6 +65,18 @@ local function under(name, loop)
       conn:close()
     end)
 
+    test("says not_held of a lock that was released while it was asked about", function()
+      local conn = connect()
+      local lock, other = conn:lock "x", conn:lock "x"
+      local err
+      loop.spawn(function() err = support.raised(lock.check, lock) end)
+      loop.spawn(function() getmetatable(lock).__close(lock) end)
+      wait_in(loop, "the check", function() return err end)
+      assert.equal("not_held", err.code)
+      assert.is_true(other:check())
+      assert.is_true(other:release())
+    end)
+
     test("takes many keys at once", function()
       local conn, other = connect(), connect()
       local busy = other:lock(3)

@@ -42,11 +42,12 @@ struct statement {
  * would take as long as to unlock them. */
 #define MARKS(cases, order)                                                                      \
   "SELECT pg_catalog.string_agg(CASE " cases " THEN 't' ELSE 'f' END,''" order ") FROM " KEYS
-/* lock_timeout counts anew for every key, so each that has to wait gets what remains of $3. */
+/* lock_timeout counts anew for every key, so each that has to wait gets what remains of $3; not more,
+ * where the server's clock is set back meanwhile. */
 #define REMAINING                                                                                \
-  "GREATEST(1,pg_catalog.ceil($3::pg_catalog.float8 OPERATOR(pg_catalog.-)"                      \
+  "LEAST($3::pg_catalog.float8,GREATEST(1,pg_catalog.ceil($3::pg_catalog.float8 OPERATOR(pg_catalog.-)" \
   " (pg_catalog.date_part('epoch',pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"           \
-  " pg_catalog.statement_timestamp()) OPERATOR(pg_catalog.*) 1000)))"                            \
+  " pg_catalog.statement_timestamp()) OPERATOR(pg_catalog.*) 1000))))"                           \
   "::pg_catalog.int8::pg_catalog.text"
 #define LOCK_ALL_SQL(mode)                                                                       \
   "SELECT pg_catalog.count(" ON_EACH("pg_advisory_lock" mode) ")"                                \

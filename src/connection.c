@@ -441,7 +441,7 @@ static int step(lua_State *L) {
   if (!operation_wants(s, &wait)) return 0;
   lua_pushstring(L, wait.events == POLLIN ? "r" : wait.events == POLLOUT ? "w" : "rw");
   lua_pushinteger(L, wait.fd);
-  lua_pushnumber(L, fmax(0, operation_deadline(s) - monotonic_now()));
+  lua_pushnumber(L, fmax(0, operation_wakes(s) - monotonic_now()));
   return 3;
 }
 

@@ -121,15 +121,17 @@ void holdings_answered(struct session *s, const struct command *command) {
   bool failed = answer->failed || (answer->value != VALUE_TRUE && answer->value != VALUE_SOME &&
                                    answer->value != VALUE_FALSE);
   bool untouched = answer->failed && !command->settles && failure_never_ran(&answer->failure);
+  bool told = false;
   struct holding *h, *after;
   for (h = command->leaving.first; h != NULL; h = h->after[LEAVING])
     if (failed) {
       h->untouched = h->untouched || untouched;
       holding_doubt(s, h);
     } else {
-      if (!h->found[LEAVING] && (!command->settles || h->untouched)) {
+      if (!told && !h->found[LEAVING] && (!command->settles || h->untouched)) {
         failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
-        s->release_key = h->key;
+        s->release_key = h->key; /* the first, where there are several */
+        told = true;
       }
       holding_trust(s, h);
     }

@@ -191,9 +191,10 @@ static bool settling(struct session *s) {
       go(s, UNDO);
     else
       recover(s, (enum state)op->state);
-  } else if (op->answer.failed && op->state == UNDO) {
-    /* No savepoint to go back to: the transaction was aborted before the statement ran, and the
-     * guard must wait for its end. */
+  } else if (op->answer.failed &&
+             (op->state == UNDO || op->answer.failure.code == ABORTED_TRANSACTION)) {
+    /* No savepoint to go back to: the transaction was aborted before the statement ran, perhaps by a
+     * release before it that failed; and the guard must wait for its end. */
     for (struct holding *h = op->asked.first; h != NULL; h = h->after[ASKED])
       if (h->count == 0) holding_doubt(s, h);
     finished(s, ABORTED_TRANSACTION, op->answer.failure.message);
@@ -227,7 +228,7 @@ void acquire_step_aside(struct session *s) {
   struct operation *op = &s->op;
   if (op->kind == &acquiring && !op->done && op->state == MAIN && op->unanswered > 0 &&
       op->timeout != 0 && !op->interrupted && !op->aside && op->rounds < CANCELLED_AT_MOST)
-    op->aside = cancel_begin(s);
+    op->aside = operation_cancel(s);
 }
 
 enum demand { DEMAND_LOCK, DEMAND_TRY, DEMAND_ATTEMPT };
@@ -247,7 +248,7 @@ static void refused(struct session *s) {
     snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s within %.7g s", key, op->timeout);
   else
     snprintf(op->failure.message, MESSAGE_SIZE, "no lock on %s: somebody holds %s", key,
-             lock->many ? "one of them" : "it");
+             lock->count > 1 ? "one of them" : "it");
   finished(s, TIMEOUT, op->failure.message);
 }
 
@@ -552,13 +553,10 @@ static bool find_holdings(struct session *s, struct lock *lock) {
   for (size_t i = 0; i < lock->count; i++) {
     struct member *m = &lock->members[i];
     struct holding *h = m->holding = holding_get(s, &m->key, lock->shared);
-    if (h == NULL || (h->count == 0 && !holding_set_name(h, m->name, m->name_length))) {
-      while (m >= lock->members) {
-        if (m->holding != NULL) holding_put(s, m->holding);
-        m--;
-      }
-      return false;
-    }
+    if (h != NULL && (h->count > 0 || holding_set_name(h, m->name, m->name_length))) continue;
+    for (size_t made = 0; made <= i; made++)
+      if (lock->members[made].holding != NULL) holding_put(s, lock->members[made].holding);
+    return false;
   }
   return true;
 }
@@ -594,7 +592,7 @@ static struct session *acquire_begin(lua_State *L, enum demand demand, bool many
   if (o.comment != 0) comment = comment_push(L, o.comment, lock);
   connection_ready(L, 1, s); /* last, because a collection may have done anything to it */
   if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
-  if (!find_holdings(s, lock) || !command_reserve(s, lock->count)) {
+  if (!command_reserve(s, lock->count) || !find_holdings(s, lock)) {
     luaL_error(L, "not enough memory");
     return NULL; /* not reached */
   }

@@ -8,6 +8,7 @@
 
 /* Seconds that a wait goes on before it looks again: whether Ctrl-C came just before it slept. */
 #define SLICE 0.5
+#define CANCEL_AGAIN 0.1 /* seconds after which a request to cancel may have been for nothing */
 
 void operation_begin(struct session *s, const struct operation_kind *kind, double seconds) {
   struct operation *op = &s->op;
@@ -18,11 +19,20 @@ void operation_begin(struct session *s, const struct operation_kind *kind, doubl
   op->kind = kind;
   op->started = monotonic_now();
   op->deadline = op->started + seconds;
-  op->reply_by = INFINITY;
+  op->reply_by = op->cancel_at = INFINITY;
 }
 
-double operation_deadline(const struct session *s) {
+static double operation_deadline(const struct session *s) {
   return fmin(s->op.deadline, s->op.reply_by);
+}
+
+double operation_wakes(const struct session *s) {
+  return fmin(operation_deadline(s), s->op.cancel_at);
+}
+
+bool operation_cancel(struct session *s) {
+  s->op.cancel_at = monotonic_now() + CANCEL_AGAIN;
+  return s->cancel != NULL || cancel_begin(s); /* one may be under way already */
 }
 
 void operation_drop(struct session *s) {
@@ -69,7 +79,7 @@ void operation_interrupt(struct session *s) {
     session_disconnect(s);
     s->state = SESSION_CLOSED;
     operation_done(s, INTERRUPTED, "", "connecting was interrupted");
-  } else if (s->cancel == NULL && !cancel_begin(s)) /* else one is under way already */
+  } else if (!operation_cancel(s))
     session_lose(s, s->pump_fd >= 0 ? INTERRUPTED : UNKNOWN, "",
                  "interrupted; without a cancel request, the connection was closed for it");
 }
@@ -107,7 +117,11 @@ void operation_progress(struct session *s) {
   else if (commands_collect(s)) {
     cancel_look(s);
     give_up_on_lost_sync(s);
-    if (op->unanswered == 0 && s->cancel == NULL) op->kind->advance(s);
+    if (s->cancel == NULL && op->unanswered == 0) {
+      op->cancel_at = INFINITY;
+      op->kind->advance(s);
+    } else if (op->cancel_at < INFINITY && monotonic_now() >= op->cancel_at)
+      operation_cancel(s);
   }
   if (!op->done && monotonic_now() >= operation_deadline(s)) operation_expire(s);
 }
@@ -174,7 +188,7 @@ void operation_run(lua_State *L, struct session *s, double now) {
   struct pollfd wait;
   bool interruptible = s->op.kind->interruptible;
   while (operation_wants(s, &wait)) {
-    int ready = wait_until(s, &wait, now, fmin(operation_deadline(s), now + SLICE));
+    int ready = wait_until(s, &wait, now, fmin(operation_wakes(s), now + SLICE));
     if (ready <= 0 && interruptible && !s->op.interrupted && hook_raises(L))
       operation_interrupt(s);
     else

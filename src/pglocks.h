@@ -280,6 +280,7 @@ struct operation {
   int unanswered;   /* commands in flight whose answer it waits for */
   double started, deadline; /* monotonic seconds; INFINITY: none */
   double reply_by;          /* a deadline of the step it is at, that needs no waiting */
+  double cancel_at;         /* when to cancel again what is unanswered still; INFINITY: not */
   PGresult **result;        /* of a query: in a box of Lua's */
   /* acquire, release and check */
   struct lock *lock;
@@ -306,7 +307,11 @@ void operation_interrupt(struct session *s);
 void operation_progress(struct session *s);
 /* What it waits for. False: it is done. */
 bool operation_wants(struct session *s, struct pollfd *wait);
-double operation_deadline(const struct session *s);
+/* When to look again, if nothing has arrived by then. */
+double operation_wakes(const struct session *s);
+/* Asks the server to cancel what it is at. The request may come before that has begun, and then be for
+ * nothing: so it is repeated. */
+bool operation_cancel(struct session *s);
 /* Drives the steps until it is done, beginning now. Connection at 1. */
 void operation_run(lua_State *L, struct session *s, double now);
 /* Drives what has just been begun until it is done, then what its kind returns to Lua. */

@@ -111,8 +111,14 @@ function core.scheduled.connection.query(conn, ...)
   return rows
 end
 
+-- While it is asked about, the end of the lock's scope in another coroutine releases it.
+local function still_held(lock, ...)
+  if not core.lock.held(lock) then core.raise("not_held", "this lock is not held") end
+  return ...
+end
+
 function core.scheduled.lock.check(lock, ...)
-  return pass(nil, call(core.connection_of(lock), core.start.check, lock, ...))
+  return still_held(lock, call(core.connection_of(lock), core.start.check, lock, ...))
 end
 
 function core.scheduled.lock.release(lock)
