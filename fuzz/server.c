@@ -20,7 +20,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/timerfd.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -947,24 +949,61 @@ static bool is_ready_now(int fd, short events) {
   return poll(&p, 1, 0) > 0;
 }
 
+static int steps; /* of a call that blocks, since it waited last */
+
+/* A call that blocks has something to do. */
+static int go_on(int ready) {
+  if (++steps > MAX_TURNS) finding("a call does not end");
+  return ready;
+}
+
+/* It has not: others may do something meanwhile. */
+static void block(double seconds) {
+  lua_State *caller = L;
+  steps = 0;
+  L = meanwhile;
+  run.blocks = true;
+  wait_for_server(seconds);
+  run.blocks = false;
+  L = caller;
+}
+
 int __wrap_ppoll(struct pollfd *, nfds_t, const struct timespec *, const sigset_t *);
 
 int __wrap_ppoll(struct pollfd *fds, nfds_t n, const struct timespec *limit, const sigset_t *mask) {
-  static int turns;
-  lua_State *caller = L;
   (void)mask;
-  if (poll(fds, n, 0) > 0) {
-    if (++turns > MAX_TURNS) finding("a call does not end");
-    return 1;
-  }
-  turns = 0;
-  L = meanwhile;
-  run.blocks = true;
-  wait_for_server(limit != NULL ? (double)limit->tv_sec + (double)limit->tv_nsec * 1e-9
-                                : HUGE_VAL);
-  run.blocks = false;
-  L = caller;
+  if (poll(fds, n, 0) > 0) return go_on(1);
+  block(limit != NULL ? (double)limit->tv_sec + (double)limit->tv_nsec * 1e-9 : HUGE_VAL);
   return poll(fds, n, 0);
+}
+
+/* The timer that ends epoll_wait. */
+static struct {
+  int fd;
+  double strikes;
+} timer;
+
+int __wrap_timerfd_settime(int, int, const struct itimerspec *, struct itimerspec *);
+
+int __wrap_timerfd_settime(int fd, int flags, const struct itimerspec *at, struct itimerspec *old) {
+  (void)flags;
+  (void)old;
+  timer.fd = fd;
+  timer.strikes = (double)at->it_value.tv_sec + (double)at->it_value.tv_nsec * 1e-9;
+  return 0;
+}
+
+int __real_epoll_wait(int, struct epoll_event *, int, int);
+int __wrap_epoll_wait(int, struct epoll_event *, int, int);
+
+int __wrap_epoll_wait(int epoll, struct epoll_event *events, int most, int milliseconds) {
+  int ready = __real_epoll_wait(epoll, events, most, 0);
+  (void)milliseconds;
+  if (ready > 0) return go_on(ready);
+  block(timer.strikes - now);
+  ready = __real_epoll_wait(epoll, events, most, 0);
+  if (ready == 0 && now >= timer.strikes) events[ready++].data.fd = timer.fd;
+  return ready;
 }
 
 /* Calls the function that lies before `arguments` values, and leaves its results: none after an

@@ -529,8 +529,7 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
   lock->shared = o->shared;
   lock->many = many;
   lock->count = count;
-  if (!many)
-    member_read(L, 2, 0, o, lock->members, names, names_length);
+  if (!many) member_read(L, 2, 0, o, lock->members, names, names_length);
   for (size_t i = 0; many && i < count; i++) {
     lua_rawgeti(L, 2, (int)i + 1);
     used += member_read(L, lua_gettop(L), (int)i + 1, o, &lock->members[i], names + used,
@@ -577,8 +576,8 @@ static void ask_for_all(struct session *s, struct lock *lock) {
       member_count(&lock->members[i]);
 }
 
-/* Connection, key or keys, options; leaves the lock at the top. The server enforces the timeout; the client's deadline behind it
- * is for a server that does not answer. */
+/* Connection, key or keys, options; leaves the lock at the top. The server enforces the timeout; the
+ * client's deadline behind it is for a server that does not answer. */
 static struct session *acquire_begin(lua_State *L, enum demand demand, bool many) {
   struct session *s;
   struct options o;
