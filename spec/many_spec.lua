@@ -604,6 +604,13 @@ describe("G26: a set of locks", function()
     assert.same({}, held(conn.backend_pid))
   end)
 
+  -- From now on the release of many keys lets go of them, and says so in a way that none does.
+  local function answer_nonsense(conn)
+    conn:query "DEALLOCATE pglocks_unlock_all"
+    conn:query [[PREPARE pglocks_unlock_all(int8[], int4) AS
+      SELECT 'nonsense' FROM unnest($1) k, pg_advisory_unlock(k) WHERE $2 > 0]]
+  end
+
   -- What answers nonsense here has let go: a guard that came after the grant would let go of that.
   it("takes anew what a release let go that was not understood, whichever of its keys that was", function()
     for _, keys in ipairs { { 2, 3, 4 }, { 1, 2, 3 }, { 1, 3 } } do
@@ -611,9 +618,7 @@ describe("G26: a set of locks", function()
       conn:lock_all({ 1, 2 }):release()
       conn:ping()
       local lock = conn:lock_all { 2, 3 }
-      conn:query "DEALLOCATE pglocks_unlock_all"
-      conn:query [[PREPARE pglocks_unlock_all(int8[], int4) AS
-        SELECT 'nonsense' FROM unnest($1) k, pg_advisory_unlock(k) WHERE $2 > 0]]
+      answer_nonsense(conn)
       lock:release()
       local again = conn:lock_all(keys)
       conn:ping()
@@ -629,9 +634,7 @@ describe("G26: a set of locks", function()
     conn:lock_all({ 1, 2 }):release()
     conn:ping()
     local lock = conn:lock_all { 1, 2 }
-    conn:query "DEALLOCATE pglocks_unlock_all"
-    conn:query [[PREPARE pglocks_unlock_all(int8[], int4) AS
-      SELECT 'nonsense' FROM unnest($1) k, pg_advisory_unlock(k) WHERE $2 > 0]]
+    answer_nonsense(conn)
     lock:release()
     for _ = 1, 3 do conn:ping() end
     assert.same({}, told)

@@ -31,8 +31,10 @@ double operation_wakes(const struct session *s) {
 }
 
 bool operation_cancel(struct session *s) {
-  s->op.cancel_at = monotonic_now() + CANCEL_AGAIN;
-  return s->cancel != NULL || cancel_begin(s); /* one may be under way already */
+  bool begun = s->cancel != NULL || cancel_begin(s); /* one may be under way already */
+  /* What could not be begun at all is not repeated: nobody would expect its outcome. */
+  if (begun || s->op.cancel_at < INFINITY) s->op.cancel_at = monotonic_now() + CANCEL_AGAIN;
+  return begun;
 }
 
 void operation_drop(struct session *s) {
