@@ -33,6 +33,8 @@ build = {
   modules = {
     ["pglocks"] = "lua/pglocks/init.lua",
     ["pglocks.connect"] = "lua/pglocks/connect.lua",
+    ["pglocks.modes"] = "lua/pglocks/modes.lua",
+    ["pglocks.patience"] = "lua/pglocks/patience.lua",
     ["pglocks.pool"] = "lua/pglocks/pool.lua",
     ["pglocks.scheduled"] = "lua/pglocks/scheduled.lua",
     ["pglocks.scheduler.cqueues"] = "lua/pglocks/scheduler/cqueues.lua",
@@ -49,6 +51,8 @@ build = {
         "src/command.c",
         "src/holding.c",
         "src/lock.c",
+        "src/transaction.c",
+        "src/notify.c",
         "src/query.c",
         "src/key.c",
         "src/scheme.c",

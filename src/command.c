@@ -5,12 +5,17 @@
 #include "pglocks.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 
 #define NO_STATEMENT (-1)
 #define SQL_SIZE 3072 /* room for any of ours, with a comment */
+
+#define CHANNEL "pglocks " /* and a marker */
+#define SAVE "SAVEPOINT pglocks"
+#define LOCALLY(name, value) "pg_catalog.set_config('" name "','" value "',true)"
 
 enum { INT8_OID = 20, INT4_OID = 23, TEXT_OID = 25, INT8_ARRAY_OID = 1016 };
 
@@ -28,6 +33,25 @@ struct statement {
   {                                                                                              \
     name "_shared_44", LOCK_SQL(f "_shared", "$1,$2")                                            \
   }
+
+#define XACT_TIMED_SQL(mode, key, ms)                                                            \
+  RESTORING_SQL(TIMED_SQL("pg_advisory_xact_lock" mode, key, ms))
+
+/* A position in the log that only grows, also across crashes, once it has been written to the disk: so
+ * the commit waits for that, whatever the role says. NULL where nothing ever is. */
+#define TOKEN_SQL                                                                                \
+  "SELECT CASE WHEN pg_catalog.current_setting('fsync') OPERATOR(pg_catalog.=) 'on'"             \
+  " AND pg_catalog.set_config('synchronous_commit',"                                             \
+  "CASE pg_catalog.current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply'" \
+  " ELSE 'on' END,true) IS NOT NULL"                                                             \
+  " THEN pg_catalog.pg_logical_emit_message(true,'pglocks','')"                                  \
+  " OPERATOR(pg_catalog.-) '0/0'::pg_catalog.pg_lsn END"
+
+/* A marker that cannot be had, be it for an instant, is somebody's who waits. */
+#define ANNOUNCE_SQL                                                                             \
+  "SELECT pg_catalog.count(CASE WHEN NOT pg_catalog.pg_try_advisory_xact_lock(m.key)"            \
+  " THEN pg_catalog.pg_notify('" CHANNEL "' OPERATOR(pg_catalog.||) m.key::pg_catalog.text,'')"  \
+  " END) OPERATOR(pg_catalog.>=) 0 FROM pg_catalog.unnest($1) m(key)"
 
 /* ---- many keys: $1 an array, $2 how many of them are 64-bit keys; the rest are pairs */
 
@@ -49,13 +73,21 @@ struct statement {
   " (pg_catalog.date_part('epoch',pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"           \
   " pg_catalog.statement_timestamp()) OPERATOR(pg_catalog.*) 1000))))"                           \
   "::pg_catalog.int8::pg_catalog.text"
-#define LOCK_ALL_SQL(mode)                                                                       \
-  "SELECT pg_catalog.count(" ON_EACH("pg_advisory_lock" mode) ")"                                \
-  " OPERATOR(pg_catalog.>=) 0 FROM " KEYS
-#define TIMED_ALL_SQL(mode)                                                                      \
-  "SELECT pg_catalog.count(CASE WHEN NOT " ON_EACH("pg_try_advisory_lock" mode)                  \
+#define LOCK_ALL_SQL(f)                                                                          \
+  "SELECT pg_catalog.count(" ON_EACH(f) ") OPERATOR(pg_catalog.>=) 0 FROM " KEYS
+#define TIMED_ALL_SQL(xact, mode)                                                                \
+  "SELECT pg_catalog.count(CASE WHEN NOT " ON_EACH("pg_try_advisory_" xact "lock" mode)          \
   " THEN CASE WHEN pg_catalog.set_config('lock_timeout'," REMAINING ",true) IS NOT NULL"         \
-  " THEN " ON_EACH("pg_advisory_lock" mode) " END END) OPERATOR(pg_catalog.>=) 0 FROM " KEYS
+  " THEN " ON_EACH("pg_advisory_" xact "lock" mode) " END END) OPERATOR(pg_catalog.>=) 0 FROM " KEYS
+/* In a transaction what is set lasts as long as that, and may be the user's own: so it is set back. */
+#define RESTORING_SQL(acquire)                                                                   \
+  "SELECT CASE WHEN (" acquire ") IS NOT NULL"                                                   \
+  " THEN pg_catalog.set_config('lock_timeout',before.lock_timeout,true) IS NOT NULL END"         \
+  " FROM (SELECT pg_catalog.current_setting('lock_timeout') OFFSET 0) before(lock_timeout)"
+/* What a try of many got before one that is busy goes with the transaction or its savepoint. */
+#define XACT_TRY_ALL_SQL(mode)                                                                   \
+  "SELECT NOT EXISTS (SELECT 1 FROM " KEYS                                                       \
+  " WHERE NOT " ON_EACH("pg_try_advisory_xact_lock" mode) ")"
 /* Stops at the first that is busy, and lets those before it go. */
 #define TRY_ALL_SQL(mode)                                                                        \
   "SELECT CASE WHEN busy.i IS NULL THEN true ELSE (SELECT"                                       \
@@ -73,15 +105,29 @@ static const struct statement statements[STATEMENTS] = {
     {"pglocks_timed_shared_8", TIMED_SQL("pg_advisory_lock_shared", "$1", "$2")},
     {"pglocks_timed_shared_44", TIMED_SQL("pg_advisory_lock_shared", "$1,$2", "$3")},
     VERB_STATEMENTS("pglocks_try", "pg_try_advisory_lock"),
+    VERB_STATEMENTS("pglocks_xact_lock", "pg_advisory_xact_lock"),
+    {"pglocks_xact_timed_8", XACT_TIMED_SQL("", "$1", "$2")},
+    {"pglocks_xact_timed_44", XACT_TIMED_SQL("", "$1,$2", "$3")},
+    {"pglocks_xact_timed_shared_8", XACT_TIMED_SQL("_shared", "$1", "$2")},
+    {"pglocks_xact_timed_shared_44", XACT_TIMED_SQL("_shared", "$1,$2", "$3")},
+    VERB_STATEMENTS("pglocks_xact_try", "pg_try_advisory_xact_lock"),
     VERB_STATEMENTS("pglocks_unlock", "pg_advisory_unlock"),
-    {"pglocks_lock_all", LOCK_ALL_SQL("")},
-    {"pglocks_lock_all_shared", LOCK_ALL_SQL("_shared")},
-    {"pglocks_timed_all", TIMED_ALL_SQL("")},
-    {"pglocks_timed_all_shared", TIMED_ALL_SQL("_shared")},
+    {"pglocks_lock_all", LOCK_ALL_SQL("pg_advisory_lock")},
+    {"pglocks_lock_all_shared", LOCK_ALL_SQL("pg_advisory_lock_shared")},
+    {"pglocks_timed_all", TIMED_ALL_SQL("", "")},
+    {"pglocks_timed_all_shared", TIMED_ALL_SQL("", "_shared")},
     {"pglocks_try_all", TRY_ALL_SQL("")},
     {"pglocks_try_all_shared", TRY_ALL_SQL("_shared")},
+    {"pglocks_xact_lock_all", LOCK_ALL_SQL("pg_advisory_xact_lock")},
+    {"pglocks_xact_lock_all_shared", LOCK_ALL_SQL("pg_advisory_xact_lock_shared")},
+    {"pglocks_xact_timed_all", RESTORING_SQL(TIMED_ALL_SQL("xact_", ""))},
+    {"pglocks_xact_timed_all_shared", RESTORING_SQL(TIMED_ALL_SQL("xact_", "_shared"))},
+    {"pglocks_xact_try_all", XACT_TRY_ALL_SQL("")},
+    {"pglocks_xact_try_all_shared", XACT_TRY_ALL_SQL("_shared")},
     {"pglocks_unlock_all", UNLOCK_ALL_SQL("")},
     {"pglocks_unlock_all_shared", UNLOCK_ALL_SQL("_shared")},
+    {"pglocks_token", TOKEN_SQL},
+    {"pglocks_announce", ANNOUNCE_SQL},
 };
 
 /* The guard looks for the locks in pg_locks before it unlocks: unlocking what is not held would
@@ -150,12 +196,41 @@ static bool send_sql(struct session *s, const char *sql) {
 /* In the user's transaction a savepoint keeps our statement from aborting or changing it: what
  * the statement set, its lock_timeout, goes with the savepoint; a session lock stays. */
 static bool send_before(struct session *s) {
-  return !s->in_transaction || send_sql(s, "SAVEPOINT pglocks");
+  return !s->in_transaction || send_sql(s, SAVE);
 }
 
 static bool send_after(struct session *s) {
-  return !s->in_transaction || (send_sql(s, "ROLLBACK TO SAVEPOINT pglocks") &&
-                                send_sql(s, "RELEASE SAVEPOINT pglocks"));
+  return !s->in_transaction || (send_sql(s, ROLL_BACK_TO_SAVED) && send_sql(s, RELEASE_SAVED));
+}
+
+/* Behind a pooler of transactions nothing may be set for a session, but no time-out of the role or the
+ * database may end a holder or a waiter. */
+static bool send_begin(struct session *s) {
+  char sql[512];
+  if (!send_sql(s, "BEGIN")) return false;
+  if (s->pooling != TRANSACTION_POOLING) return true;
+  snprintf(sql, sizeof sql,
+           "SELECT " LOCALLY("statement_timeout", "0") "," LOCALLY("lock_timeout", "0") ","
+           LOCALLY("idle_in_transaction_session_timeout", "%.0f") "%s%s",
+           s->lease * 1000,
+           s->server_version >= 140000 ? ",CASE WHEN pg_catalog.version() OPERATOR(pg_catalog.~~)"
+                                         " '%linux%' THEN " LOCALLY(
+                                             "client_connection_check_interval", "5000") " END"
+                                       : "",
+           s->server_version >= 170000 ? "," LOCALLY("transaction_timeout", "0") : "");
+  return send_sql(s, sql);
+}
+
+/* What a statement of the transaction's scope stands in: a transaction of its own, or a savepoint, where
+ * the locks stay when that is released. */
+static bool send_before_joining(struct session *s) {
+  return s->in_transaction ? send_sql(s, SAVE) : send_begin(s);
+}
+
+/* A statement's portal lives, with its snapshot, until the next takes its place: so something has to, be
+ * it nothing at all. */
+static bool send_after_joining(struct session *s, bool keeps) {
+  return keeps || send_sql(s, s->in_transaction ? RELEASE_SAVED : "");
 }
 
 static char *put_uint32(char *to, uint32_t n) {
@@ -182,11 +257,19 @@ bool command_reserve(struct session *s, size_t count) {
 }
 
 /* An array in binary form: one dimension, no NULLs, of int8, so many, the first being number 1. */
-static void pack(struct session *s, const struct chain *chain) {
+static char *pack_head(struct session *s, int count) {
   char *to = put_uint32(put_uint32(put_uint32(s->packed, 1), 0), INT8_OID);
-  to = put_uint32(put_uint32(to, (uint32_t)chain->count), 1);
+  return put_uint32(put_uint32(to, (uint32_t)count), 1);
+}
+
+static char *pack_key(char *to, const struct key *key) {
+  return put_uint32(put_uint32(put_uint32(to, 8), key->classid), key->objid);
+}
+
+static void pack(struct session *s, const struct chain *chain) {
+  char *to = pack_head(s, chain->count);
   for (const struct holding *h = chain->first; h != NULL; h = h->after[chain->kind])
-    to = put_uint32(put_uint32(put_uint32(to, 8), h->key.classid), h->key.objid);
+    to = pack_key(to, &h->key);
 }
 
 struct parameters {
@@ -231,7 +314,7 @@ static void add_keys(struct parameters *p, struct session *s, const struct chain
  * in the session that it is meant for, and a second column says whether that was it. */
 static const char *in_own_session(const struct session *s, const char *sql, char buffer[SQL_SIZE]) {
   static const char own[] = "pg_catalog.pg_backend_pid() OPERATOR(pg_catalog.=) ";
-  if (!s->pooled) return sql;
+  if (s->pooling != SESSION_POOLING) return sql;
   snprintf(buffer, SQL_SIZE, "SELECT CASE WHEN %s%d THEN (%s) END, %s%d", own, s->backend_pid, sql,
            own, s->backend_pid);
   return buffer;
@@ -255,13 +338,33 @@ __attribute__((noinline)) static bool send_unprepared(struct session *s, const c
          PQsendQueryParams(s->pg, sql, p->n, p->types, p->values, p->lengths, p->formats, 0);
 }
 
+/* Prepares a statement at its first use; behind a pooler none is. */
+static bool prepare(struct session *s, struct command *c, int id, const struct parameters *p) {
+  uint64_t bit = (uint64_t)1 << id;
+  if (s->pooling != DIRECT) return true;
+  c->statement = id;
+  if (s->prepared & bit) return true;
+  s->prepared |= bit;
+  c->prepares = true;
+  return PQsendPrepare(s->pg, statements[id].name, statements[id].sql, p->n, p->types);
+}
+
+static bool send_statement(struct session *s, int id, const char *comment,
+                           const struct parameters *p) {
+  if (comment != NULL || s->pooling != DIRECT)
+    return send_unprepared(s, comment, statements[id].sql, p);
+  return PQsendQueryPrepared(s->pg, statements[id].name, p->n, p->values, p->lengths, p->formats,
+                             0);
+}
+
+static bool verb_joins(enum verb verb) { return verb >= VERB_XACT_LOCK && verb <= VERB_XACT_TRY; }
+
 void command_statement(struct session *s, enum verb verb, const struct chain *chain,
                        const char *milliseconds, const char *comment) {
   const struct holding *h = chain->first;
-  bool many = chain->count > 1, prepared = comment == NULL && !s->pooled, written = true;
+  bool many = chain->count > 1, joins = verb_joins(verb), written;
   int id = many ? MANY + (int)verb * 2 + h->shared
                 : (int)verb * 4 + h->shared * 2 + (h->key.objsubid == 2);
-  const char *name = statements[id].name;
   struct parameters p;
   struct command *c = command_about(s, chain);
   if (c == NULL) return;
@@ -272,21 +375,50 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
   else
     add_key(&p, &h->key);
   if (milliseconds != NULL) add_text(&p, milliseconds);
-  if (prepared) {
-    c->statement = id;
-    if (!(s->prepared & (1u << id))) {
-      written = PQsendPrepare(s->pg, name, statements[id].sql, p.n, p.types);
-      s->prepared |= 1u << id;
-      c->prepares = true;
-    }
-  }
-  written = written && send_before(s);
-  if (prepared)
-    written = written &&
-              PQsendQueryPrepared(s->pg, name, p.n, p.values, p.lengths, p.formats, 0);
-  else
-    written = written && send_unprepared(s, comment, statements[id].sql, &p);
-  command_end(s, c, written && send_after(s));
+  written = (comment != NULL || prepare(s, c, id, &p)) &&
+            (joins ? send_before_joining(s) : send_before(s)) &&
+            send_statement(s, id, comment, &p) &&
+            (joins ? send_after_joining(s, many && verb == VERB_XACT_TRY) : send_after(s));
+  command_end(s, c, written);
+}
+
+void command_token(struct session *s) {
+  struct parameters p = {.n = 0};
+  struct command *c = command_begin(s);
+  if (c == NULL) return;
+  c->draws = true;
+  command_end(s, c, prepare(s, c, TOKEN, &p) && send_statement(s, TOKEN, NULL, &p));
+}
+
+void command_announce(struct session *s, const struct key *markers, int count) {
+  struct parameters p = {.n = 0};
+  struct command *c = command_begin(s);
+  char *to;
+  if (c == NULL) return;
+  c->abandoned = true;
+  to = pack_head(s, count);
+  for (int i = 0; i < count; i++) to = pack_key(to, &markers[i]);
+  add_binary(&p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(count));
+  command_end(s, c, prepare(s, c, ANNOUNCEMENT, &p) && send_statement(s, ANNOUNCEMENT, NULL, &p));
+}
+
+static bool send_about_channel(struct session *s, const char *verb, const struct key *marker) {
+  char sql[64];
+  int64_t number = (int64_t)((uint64_t)marker->classid << 32 | marker->objid);
+  snprintf(sql, sizeof sql, "%s \"" CHANNEL "%lld\"", verb, (long long)number);
+  return send_sql(s, sql);
+}
+
+void command_listen(struct session *s, const struct key *marker) {
+  struct command *c = command_begin(s);
+  if (c != NULL) command_end(s, c, send_about_channel(s, "LISTEN", marker));
+}
+
+void command_unlisten(struct session *s, const struct key *marker) {
+  struct command *c = command_begin(s);
+  if (c == NULL) return;
+  c->abandoned = true;
+  command_end(s, c, send_about_channel(s, "UNLISTEN", marker));
 }
 
 void command_guard(struct session *s, enum guard guard, const struct chain *chain) {
@@ -296,7 +428,9 @@ void command_guard(struct session *s, enum guard guard, const struct chain *chai
   struct parameters p;
   struct command *c = command_about(s, chain);
   if (c == NULL) return;
-  c->settles = c->marks = true;
+  c->settles = guard == GUARD_UNLOCK;
+  c->looks = guard == GUARD_LOOK;
+  c->marks = true;
   p.n = 0;
   add_keys(&p, s, chain);
   sql = in_own_session(s, guards[chain->first->shared][guard], own);
@@ -314,11 +448,31 @@ void command_simple(struct session *s, const char *first, const char *second) {
 
 void command_unlock_all(struct session *s) {
   char own[SQL_SIZE];
-  const char *unlock = in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own);
+  const char *unlock =
+      s->pooling == TRANSACTION_POOLING
+          ? NULL
+          : in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own);
   if (s->in_transaction)
     command_simple(s, "ROLLBACK", unlock);
-  else
+  else if (unlock != NULL)
     command_simple(s, unlock, NULL);
+  else
+    command_sync(s);
+}
+
+void command_begin_transaction(struct session *s) {
+  struct command *c = command_begin(s);
+  if (c != NULL) command_end(s, c, send_begin(s));
+}
+
+void command_commit(struct session *s, const struct key *told) {
+  struct command *c = command_begin(s);
+  if (c == NULL) return;
+  c->commits = true;
+  c->abandoned = told != NULL;
+  if (told != NULL) c->key = *told;
+  command_end(s, c, send_sql(s, "COMMIT"));
+  if (s->pg != NULL && told != NULL) transaction_ended(s);
 }
 
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values) {
@@ -347,7 +501,7 @@ void command_rollback(struct session *s) {
   c->abandoned = c->vital = true;
   command_end(s, c, send_sql(s, "ROLLBACK"));
   if (s->pg == NULL) return;
-  s->in_transaction = s->transaction_failed = false;
+  transaction_ended(s);
   holdings_settle(s);
 }
 
@@ -383,7 +537,7 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
    * SQLSTATE it is libpq that had no memory for the answer, and the server has prepared it. */
   if (c->statement != NO_STATEMENT &&
       ((c->prepares && c->results == 0 && *sqlstate != '\0') || strcmp(sqlstate, "26000") == 0))
-    s->prepared &= ~(1u << c->statement);
+    s->prepared &= ~((uint64_t)1 << c->statement);
   if (severity != NULL && (strcmp(severity, "FATAL") == 0 || strcmp(severity, "PANIC") == 0)) {
     s->doomed = true;
     s->loss = *failure;
@@ -405,7 +559,7 @@ static enum value note_marks(struct session *s, const struct command *c, const c
 static bool note_value(struct session *s, struct command *c, const PGresult *result) {
   const char *value;
   int length;
-  if (s->pooled && !c->keep_result && PQnfields(result) == 2 && PQntuples(result) == 1 &&
+  if (s->pooling == SESSION_POOLING && !c->keep_result && PQnfields(result) == 2 && PQntuples(result) == 1 &&
       *PQgetvalue(result, 0, 1) != 't')
     return false;
   if (PQntuples(result) < 1 || PQnfields(result) < 1) return true;
@@ -413,7 +567,10 @@ static bool note_value(struct session *s, struct command *c, const PGresult *res
   length = PQgetlength(result, 0, 0);
   if (PQgetisnull(result, 0, 0))
     c->answer.value = VALUE_NULL;
-  else if (c->marks)
+  else if (c->draws) {
+    s->op.token = strtoull(value, NULL, 10);
+    c->answer.value = VALUE_OTHER;
+  } else if (c->marks)
     c->answer.value = note_marks(s, c, value, length);
   else if (length == 1)
     c->answer.value = *value == 't' ? VALUE_TRUE : VALUE_FALSE;
@@ -428,6 +585,10 @@ static void command_lands(const struct command *c) {
 
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
+  if (c->commits && c->abandoned && c->answer.failed) {
+    s->release_failure = c->answer.failure;
+    s->release_key = c->key;
+  }
   s->oldest = c->next;
   if (s->oldest == NULL) s->newest = &s->oldest;
   if (c->leaving.count > 0) {
@@ -461,6 +622,10 @@ static void take_result(struct session *s, PGresult *result) {
     /* fall through */
   case PGRES_COMMAND_OK:
   case PGRES_EMPTY_QUERY:
+    if (c->commits && strcmp(PQcmdStatus(result), "ROLLBACK") == 0) {
+      failure_set(&c->answer.failure, ABORTED_TRANSACTION, "", ROLLED_BACK_MESSAGE);
+      c->answer.failed = true;
+    }
     if (c->keep_result && !c->abandoned) {
       PQclear(*s->op.result);
       *s->op.result = result;
@@ -498,6 +663,11 @@ static void take_results(struct session *s) {
   }
 }
 
+static void take_notifications(struct session *s) {
+  for (PGnotify *n; s->pg != NULL && (n = PQnotifies(s->pg)) != NULL; PQfreemem(n))
+    s->notified = true;
+}
+
 /* The end of a stream is the server's doing, and its session has ended with it. An error of TCP is
  * not: the server may still hold what it was asked for, and may not have heard what it was told. */
 static bool network_failed(const struct session *s, int error) {
@@ -519,6 +689,7 @@ bool commands_collect(struct session *s) {
     s->broken = s->broken || (!readable && network_failed(s, errno));
     take_results(s);
   }
+  take_notifications(s);
   if (s->pg == NULL) return false;
   if (s->doomed)
     session_lose(s, LOST, s->loss.sqlstate, s->loss.message);

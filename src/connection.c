@@ -48,24 +48,17 @@ struct session *connection_check(lua_State *L, int index) {
   return c->session;
 }
 
-static void raise_error(lua_State *L, enum code code, const char *message) {
-  struct failure failure;
-  failure_set(&failure, code, "", "%s", message);
-  failure_push(L, &failure, NULL);
-  lua_error(L);
-}
-
 void connection_ready(lua_State *L, int index, struct session *s) {
   if (session_is_foreign(s))
-    raise_error(L, FORKED, "this connection belongs to the parent process");
+    raise_failure(L, FORKED, "this connection belongs to the parent process");
   connection_tell_loss(L, index, s);
   if (s->op.kind != NULL)
-    raise_error(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
+    raise_failure(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
   if (s->state == SESSION_LOST) {
     failure_push(L, &s->loss, NULL);
     lua_error(L);
   }
-  if (s->state != SESSION_OPEN) raise_error(L, CLOSED, "this connection is closed");
+  if (s->state != SESSION_OPEN) raise_failure(L, CLOSED, "this connection is closed");
 }
 
 /* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. The
@@ -495,7 +488,7 @@ static int start_close(lua_State *L) {
   struct session *s = connection_check(L, 1);
   connection_tell_loss(L, 1, s);
   if (s->op.kind != NULL)
-    raise_error(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
+    raise_failure(L, BUSY_CONNECTION, "this connection is in use by another coroutine");
   if (is_over(s)) {
     s->state = SESSION_CLOSED;
     return 0;
@@ -555,8 +548,8 @@ static int connection_cancel(lua_State *L) {
   return 1;
 }
 
-/* configure(conn, { reply_timeout =, deferred =, scheduled =, pooled =, backend_pid =, on_lost =,
- * on_free = }) */
+/* configure(conn, { reply_timeout =, deferred =, commits_deferred =, lease =, scheduled =, pooled =,
+ * backend_pid =, on_lost =, on_free = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
@@ -569,8 +562,14 @@ static int configure(lua_State *L) {
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_LOST);
   lua_getfield(L, 2, "on_free");
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_FREE);
+  lua_getfield(L, 2, "commits_deferred");
+  if (!lua_isnil(L, -1)) s->commits_deferred = lua_toboolean(L, -1);
+  lua_getfield(L, 2, "lease");
+  if (!lua_isnil(L, -1)) s->lease = luaL_checknumber(L, -1);
   lua_getfield(L, 2, "pooled");
-  if (!lua_isnil(L, -1)) s->pooled = lua_toboolean(L, -1);
+  if (!lua_isnil(L, -1))
+    s->pooling = strcmp(luaL_checkstring(L, -1), "session") == 0 ? SESSION_POOLING
+                                                                 : TRANSACTION_POOLING;
   lua_getfield(L, 2, "backend_pid");
   if (!lua_isnil(L, -1)) s->backend_pid = (int)luaL_checkinteger(L, -1);
   return 0;
@@ -579,6 +578,13 @@ static int configure(lua_State *L) {
 /* in_transaction(conn): is one open, as the server last said? */
 static int in_transaction(lua_State *L) {
   lua_pushboolean(L, connection_check(L, 1)->in_transaction);
+  return 1;
+}
+
+/* pooling(conn): what stands between it and the server: "session", "transaction" or nil. */
+static int pooling(lua_State *L) {
+  static const char *const names[] = {NULL, "session", "transaction"};
+  lua_pushstring(L, names[connection_check(L, 1)->pooling]);
   return 1;
 }
 
@@ -738,7 +744,7 @@ static int connection_index(lua_State *L) {
   else if (strcmp(field, "server_version") == 0)
     lua_pushinteger(L, s->server_version);
   else if (strcmp(field, "is_pooled") == 0)
-    lua_pushboolean(L, s->pooled);
+    lua_pushboolean(L, s->pooling != DIRECT);
   return 1;
 }
 
@@ -784,6 +790,7 @@ static const luaL_Reg functions[] = {{"addresses", addresses},
                                      {"is_transient", is_transient},
                                      {"keep_alive", keep_alive},
                                      {"password", password},
+                                     {"pooling", pooling},
                                      {"rollback", rollback},
                                      {"run", run},
                                      {"sleep", sleep_blocking},

@@ -5,16 +5,30 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t bucket_of(const struct session *s, const struct key *key, bool shared) {
+static size_t bucket_of(const struct session *s, const struct key *key, bool shared,
+                        bool transaction) {
   uint64_t h = (uint64_t)key->classid << 32 | key->objid;
-  h = (h ^ (uint64_t)key->objsubid << 1 ^ shared) * 0x9e3779b97f4a7c15u;
+  h = (h ^ (uint64_t)key->objsubid << 2 ^ (uint64_t)transaction << 1 ^ shared) * 0x9e3779b97f4a7c15u;
   return (size_t)(h >> 32) & (s->bucket_count - 1);
 }
 
-static struct holding **holding_find(struct session *s, const struct key *key, bool shared) {
-  struct holding **h = &s->buckets[bucket_of(s, key, shared)];
-  while (*h != NULL && !((*h)->shared == shared && key_equal(&(*h)->key, key))) h = &(*h)->next;
+static struct holding **holding_find(struct session *s, const struct key *key, bool shared,
+                                     bool transaction) {
+  struct holding **h = &s->buckets[bucket_of(s, key, shared, transaction)];
+  while (*h != NULL && !((*h)->shared == shared && (*h)->transaction == transaction &&
+                         key_equal(&(*h)->key, key)))
+    h = &(*h)->next;
   return h;
+}
+
+static struct holding **holding_place(struct session *s, const struct holding *h) {
+  return holding_find(s, &h->key, h->shared, h->transaction);
+}
+
+bool holding_in_scope(struct session *s, const struct key *key, bool transaction) {
+  const struct holding *exclusive = *holding_find(s, key, false, transaction);
+  const struct holding *shared = *holding_find(s, key, true, transaction);
+  return (exclusive != NULL && exclusive->count > 0) || (shared != NULL && shared->count > 0);
 }
 
 /* More buckets; without memory for them the chains just grow longer. */
@@ -26,7 +40,7 @@ static void holdings_grow(struct session *s) {
   s->bucket_count = old_count * 4;
   for (size_t i = 0; i < old_count; i++)
     while (old[i] != NULL) {
-      struct holding *h = old[i], **to = holding_find(s, &h->key, h->shared);
+      struct holding *h = old[i], **to = holding_place(s, h);
       old[i] = h->next;
       h->next = *to;
       *to = h;
@@ -35,10 +49,11 @@ static void holdings_grow(struct session *s) {
 }
 
 /* The holding of a key and mode, made where there is none; NULL without memory. */
-struct holding *holding_get(struct session *s, const struct key *key, bool shared) {
+struct holding *holding_get(struct session *s, const struct key *key, bool shared,
+                            bool transaction) {
   struct holding **at, *h;
   if (s->holding_count >= s->bucket_count * 2) holdings_grow(s);
-  at = holding_find(s, key, shared);
+  at = holding_find(s, key, shared, transaction);
   if (*at != NULL) return *at;
   h = s->spare_holdings; /* with nothing on it, but for its buffer */
   if (h != NULL)
@@ -48,6 +63,8 @@ struct holding *holding_get(struct session *s, const struct key *key, bool share
   h->next = NULL;
   h->key = *key;
   h->shared = shared;
+  h->transaction = transaction;
+  h->announces = ANNOUNCES_ITSELF;
   h->generation = ++s->generations;
   *at = h;
   s->holding_count++;
@@ -67,6 +84,15 @@ bool holding_set_name(struct holding *h, const char *name, size_t length) {
   return true;
 }
 
+void holding_left(struct session *s, const struct holding *h, double now) {
+  struct key marker;
+  if (h->announces == ANNOUNCES_OTHER)
+    announce(s, &h->announced);
+  else if (h->announces == ANNOUNCES_ITSELF && now - h->since > ANNOUNCED_AFTER) {
+    if (marker_of(&h->key, &marker)) announce(s, &marker);
+  }
+}
+
 void holding_lost(struct session *s, struct holding *h) {
   h->count = 0;
   h->generation = ++s->generations;
@@ -76,7 +102,7 @@ void holding_lost(struct session *s, struct holding *h) {
 void holding_put(struct session *s, struct holding *h) {
   struct holding **at;
   if (h->count > 0 || h->releasing > 0 || h->doubtful || h->asked) return;
-  at = holding_find(s, &h->key, h->shared);
+  at = holding_place(s, h);
   *at = h->next;
   h->next = s->spare_holdings;
   s->spare_holdings = h;
@@ -116,6 +142,19 @@ void holdings_unask(struct session *s) {
   }
 }
 
+/* What the server was asked about after a statement of the user's that may have taken it away. */
+static void holdings_looked_at(struct session *s, const struct command *command) {
+  enum value value = command->answer.value;
+  bool told = !command->answer.failed &&
+              (value == VALUE_TRUE || value == VALUE_SOME || value == VALUE_FALSE);
+  struct holding *h, *after;
+  for (h = command->leaving.first; h != NULL; h = after) {
+    after = h->after[LEAVING];
+    if (!told || !h->found[LEAVING]) holding_lost(s, h);
+    holding_put(s, h);
+  }
+}
+
 void holdings_answered(struct session *s, const struct command *command) {
   const struct answer *answer = &command->answer;
   bool failed = answer->failed || (answer->value != VALUE_TRUE && answer->value != VALUE_SOME &&
@@ -123,6 +162,10 @@ void holdings_answered(struct session *s, const struct command *command) {
   bool untouched = answer->failed && !command->settles && failure_never_ran(&answer->failure);
   bool told = false;
   struct holding *h, *after;
+  if (command->looks) {
+    holdings_looked_at(s, command);
+    return;
+  }
   for (h = command->leaving.first; h != NULL; h = h->after[LEAVING])
     if (failed) {
       h->untouched = h->untouched || untouched;
@@ -149,24 +192,44 @@ bool holdings_any(const struct session *s) {
   return false;
 }
 
-/* Of one kind of key and mode, as many as there is room for. False: there was none. */
-static bool settle_some(struct session *s, int objsubid, bool shared) {
+/* Of one kind of key and mode, as many as there is room for: GUARD_UNLOCK those in doubt, GUARD_LOOK
+ * for those of the transaction's scope. False: there was none. */
+static bool guard_some(struct session *s, enum guard guard, int objsubid, bool shared) {
   struct chain chain = {.kind = LEAVING};
   for (size_t i = 0; i < s->bucket_count; i++)
     for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
-      if (h->doubtful && h->releasing == 0 && h->key.objsubid == objsubid && h->shared == shared &&
+      if ((guard == GUARD_UNLOCK ? h->doubtful : h->transaction && h->count > 0) &&
+          h->releasing == 0 && h->key.objsubid == objsubid && h->shared == shared &&
           (size_t)chain.count < s->packed_for)
         chain_add(&chain, h);
-  if (chain.count > 0) command_guard(s, GUARD_UNLOCK, &chain);
+  if (chain.count > 0) command_guard(s, guard, &chain);
   return chain.count > 0;
 }
 
-void holdings_settle(struct session *s) {
+static bool guard_all(struct session *s, enum guard guard) {
   bool sent = false;
-  if (s->doubtful == 0 || s->transaction_failed) return;
   for (int kind = 0; kind < 4; kind++)
-    while (s->pg != NULL && settle_some(s, 1 + kind / 2, kind % 2)) sent = true;
-  if (sent && s->settle_rounds++ > CANCELLED_AT_MOST)
+    while (s->pg != NULL && guard_some(s, guard, 1 + kind / 2, kind % 2)) sent = true;
+  return sent;
+}
+
+void holdings_verify(struct session *s) { guard_all(s, GUARD_LOOK); }
+
+void holdings_leave_transaction(struct session *s) {
+  double now = monotonic_now();
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i], *next; h != NULL; h = next) {
+      next = h->next;
+      if (!h->transaction || h->count == 0) continue;
+      holding_left(s, h, now);
+      holding_lost(s, h);
+      holding_put(s, h);
+    }
+}
+
+void holdings_settle(struct session *s) {
+  if (s->doubtful == 0 || s->transaction_failed) return;
+  if (guard_all(s, GUARD_UNLOCK) && s->settle_rounds++ > CANCELLED_AT_MOST)
     session_lose(s, LOST, "", "a release could not be settled; the connection was closed");
 }
 

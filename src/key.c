@@ -257,6 +257,11 @@ static void name_check(lua_State *L, int index, int options, const struct source
 
 /* ---- any of them ------------------------------------------------------------------------ */
 
+const struct key *key_test(lua_State *L, int index) {
+  const struct key_userdata *key = test_userdata(L, index, sizeof *key, KEY_MAGIC);
+  return key != NULL ? &key->key : NULL;
+}
+
 void key_check(lua_State *L, int index, int options, int argument, int element,
                const struct hashing *how, struct key *key) {
   struct source from = {argument, element, false};
@@ -472,8 +477,22 @@ static const luaL_Reg key_metamethods[] = {
     {"__eq", key_eq}, {"__index", key_index},       {"__le", key_le},
     {"__lt", key_lt}, {"__tostring", key_tostring}, {NULL, NULL}};
 
-static const luaL_Reg functions[] = {
-    {"key", make_key}, {"key_defaults", set_defaults}, {NULL, NULL}};
+/* describe(given, key): as in a message, by the name that was given. */
+static int describe(lua_State *L) {
+  const struct key *key = key_test(L, 2);
+  char text[NAME_IN_MESSAGE];
+  size_t length = 0;
+  const char *name = lua_type(L, 1) == LUA_TSTRING ? lua_tolstring(L, 1, &length) : NULL;
+  if (key == NULL) luaL_argerror(L, 2, "key expected");
+  key_describe(key, name, length, text, sizeof text);
+  lua_pushstring(L, text);
+  return 1;
+}
+
+static const luaL_Reg functions[] = {{"describe", describe},
+                                     {"key", make_key},
+                                     {"key_defaults", set_defaults},
+                                     {NULL, NULL}};
 
 void key_open(lua_State *L) {
   schemes_open();

@@ -11,6 +11,8 @@
 
 #define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
 #define MOST_KEYS 1000000 /* more than any server can lock */
+#define MOST_SLOTS 1000
+#define PATIENTLY "pglocks patiently"
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 
 /* A lock in LOCK_HELD is held as long as its session is open and its holding of its generation. */
@@ -28,6 +30,11 @@ struct lock {
   enum magic magic;
   enum lock_state state;
   bool shared, acquired, many; /* many: made by lock_all, be it of one key */
+  bool transaction;            /* of its scope */
+  bool draws;                  /* a token with every acquire */
+  int slot;                    /* of a semaphore; 0: none */
+  unsigned long began;         /* the number of the transaction that began with it; 0: none */
+  uint64_t token;
   struct session *session;     /* NULL: collected */
   double waited;               /* seconds */
   size_t count;
@@ -44,10 +51,17 @@ static void member_count(struct member *m) {
   m->generation = m->holding->generation;
 }
 
+/* What is gone while the session lives went with its transaction, or against the rules. */
 static enum lock_state lock_state(const struct lock *lock) {
   for (size_t i = 0; lock->state == LOCK_HELD && i < lock->count; i++)
-    if (member_lost(&lock->members[i])) return LOCK_LOST;
+    if (member_lost(&lock->members[i])) return lock->transaction ? LOCK_RELEASED : LOCK_LOST;
   return lock->state;
+}
+
+/* The transaction began with this lock, and ends with it. */
+static bool owns_transaction(const struct session *s, const struct lock *lock) {
+  return lock->state == LOCK_HELD && lock->began != 0 && lock->began == s->transaction &&
+         s->state == SESSION_OPEN && !session_is_foreign(s);
 }
 
 /* ---- conn:locks() ---------------------------------------------------------------------- */
@@ -55,7 +69,7 @@ static enum lock_state lock_state(const struct lock *lock) {
 /* One holding, as it was when the list was made. */
 struct listed {
   struct key key;
-  bool shared, has_name;
+  bool shared, transaction, has_name;
   int count;
   size_t name, name_length; /* where its name is, among the names */
 };
@@ -67,9 +81,10 @@ static size_t holdings_list(const struct session *s, struct listed *to, char *na
   *names_length = 0;
   for (size_t i = 0; i < s->bucket_count; i++)
     for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next) {
-      if (h->count == 0) continue;
+      /* What a failed transaction holds still cannot be asked. */
+      if (h->count == 0 || (h->transaction && s->transaction_failed)) continue;
       if (to != NULL) {
-        struct listed one = {h->key,   h->shared,     h->has_name,
+        struct listed one = {h->key,   h->shared,     h->transaction, h->has_name,
                              h->count, *names_length, h->name_length};
         to[n] = one;
         if (h->name_length > 0) memcpy(names + *names_length, h->name, h->name_length);
@@ -107,7 +122,7 @@ void holdings_push(lua_State *L, const struct session *s, bool any) {
     }
     lua_pushstring(L, list[i].shared ? "shared" : "exclusive");
     lua_setfield(L, -2, "mode");
-    lua_pushliteral(L, "session");
+    lua_pushstring(L, list[i].transaction ? "transaction" : "session");
     lua_setfield(L, -2, "scope");
     lua_pushinteger(L, list[i].count);
     lua_setfield(L, -2, "count");
@@ -131,7 +146,9 @@ static void lock_describe(const struct lock *lock, char text[NAME_IN_MESSAGE]) {
  * itself; all else follows errors. */
 enum state {
   MAIN,
-  UNDO,  /* puts the user's transaction right, then goes on with op.resume */
+  KEEP,  /* releases the savepoint in which many were got */
+  DRAW,  /* draws a token */
+  UNDO,  /* puts the user's transaction right, or ends ours, then goes on with op.resume */
   GUARD, /* is it held? adopts it, or lets it go */
   SETTLE /* an earlier release is in doubt: let go what it may have left, then MAIN */
 };
@@ -147,11 +164,25 @@ static void go(struct session *s, enum state state) {
   case MAIN:
     main_send(s);
     break;
+  case KEEP:
+    command_simple(s, RELEASE_SAVED, NULL);
+    break;
+  case DRAW:
+    command_token(s);
+    break;
   case UNDO:
-    command_simple(s, "ROLLBACK TO SAVEPOINT pglocks", "RELEASE SAVEPOINT pglocks");
+    if (op->begins) { /* its answer is not needed: what comes next is behind it */
+      command_rollback(s);
+      if (!op->done) go(s, (enum state)op->resume);
+    } else
+      command_simple(s, ROLL_BACK_TO_SAVED, RELEASE_SAVED);
     break;
   case GUARD:
-    command_guard(s, op->guard, &op->asked);
+    if (op->lock != NULL && (op->asked.count == 0 || op->asked.first->transaction)) {
+      op->answer.value = VALUE_FALSE; /* of a transaction's scope a rollback leaves nothing */
+      conclude(s);
+    } else
+      command_guard(s, op->guard, &op->asked);
     break;
   case SETTLE:
     command_guard(s, GUARD_UNLOCK, &op->asked);
@@ -184,7 +215,7 @@ static bool doubts_asked(const struct session *s) {
 static bool settling(struct session *s) {
   struct operation *op = &s->op;
   bool found = op->answer.value == VALUE_TRUE || op->answer.value == VALUE_SOME;
-  if (op->state == MAIN) return false;
+  if (op->state == MAIN || op->state == KEEP || op->state == DRAW) return false;
   if (op->answer.failed && op->answer.failure.code == INTERRUPTED &&
       op->rounds++ < CANCELLED_AT_MOST) {
     if (op->state == UNDO) /* its savepoint is still there */
@@ -196,7 +227,7 @@ static bool settling(struct session *s) {
     /* No savepoint to go back to: the transaction was aborted before the statement ran, perhaps by a
      * release before it that failed; and the guard must wait for its end. */
     for (struct holding *h = op->asked.first; h != NULL; h = h->after[ASKED])
-      if (h->count == 0) holding_doubt(s, h);
+      if (h->count == 0 && !h->transaction) holding_doubt(s, h);
     finished(s, ABORTED_TRANSACTION, op->answer.failure.message);
   } else if (op->answer.failed)
     session_lose(s, UNKNOWN, op->answer.failure.sqlstate, op->answer.failure.message);
@@ -265,32 +296,51 @@ static void put_digits(char text[MILLISECONDS_SIZE], uint32_t n) {
 
 static void acquire_send(struct session *s) {
   struct operation *op = &s->op;
-  enum verb verb = op->timeout < 0 ? VERB_LOCK : op->timeout > 0 ? VERB_LOCK_TIMED : VERB_TRY;
+  bool transaction = op->asked.first->transaction, timed = op->timeout > 0;
+  enum verb verb = (transaction ? VERB_XACT_LOCK : VERB_LOCK) +
+                   (op->timeout < 0 ? VERB_LOCK : timed ? VERB_LOCK_TIMED : VERB_TRY);
   char milliseconds[MILLISECONDS_SIZE];
   if (op->interrupted) { /* between two attempts */
     refused(s);
     return;
   }
-  if (verb == VERB_LOCK_TIMED) {
+  op->begins = transaction && !s->in_transaction;
+  if (timed) {
     double left = op->timeout;
     if (op->rounds > 0) left += op->started - monotonic_now();
     /* a whole number and at least 1: 0 would mean for ever */
     put_digits(milliseconds, (uint32_t)fmax(1, ceil(left * 1000)));
   }
-  command_statement(s, verb, &op->asked, verb == VERB_LOCK_TIMED ? milliseconds : NULL,
+  command_statement(s, verb, &op->asked, timed ? milliseconds : NULL,
                     op->comment);
+}
+
+static void count_members(struct session *s, struct lock *lock) {
+  for (size_t i = 0; i < lock->count; i++) {
+    struct member *m = &lock->members[i];
+    if (!member_lost(m)) continue;
+    if (m->holding->count == 0) m->holding->since = s->op.started + lock->waited;
+    member_count(m);
+  }
+  if (lock->transaction) s->joined = true;
 }
 
 static void granted(struct session *s) {
   struct operation *op = &s->op;
   struct lock *lock = op->lock;
-  lock->waited = monotonic_now() - op->started;
+  if (lock->draws && op->token == 0) {
+    lock->waited = monotonic_now() - op->started;
+    go(s, DRAW);
+    return;
+  }
+  if (!lock->draws) lock->waited = monotonic_now() - op->started;
   /* Where nothing of ours reaches the server any more, it repeats the grant, which for TCP is a sign
    * of life: only what we send ourselves, and nobody acknowledges, tells us so in time. */
   if (lock->waited > LONG_WAIT) command_nothing(s);
   if (op->done) return; /* lost */
-  for (size_t i = 0; i < lock->count; i++)
-    if (member_lost(&lock->members[i])) member_count(&lock->members[i]);
+  count_members(s, lock);
+  if (op->begins) lock->began = s->transaction = ++s->transactions;
+  lock->token = op->token;
   lock->state = LOCK_HELD;
   lock->acquired = true;
   op->failure.code = NO_ERROR;
@@ -299,13 +349,60 @@ static void granted(struct session *s) {
 
 static bool is_answer(const struct operation *op) {
   enum value value = op->answer.value;
+  const struct chain *asked = &op->asked;
   if (op->timeout == 0) return value == VALUE_TRUE || value == VALUE_FALSE;
-  return value == (op->asked.count > 1 ? VALUE_TRUE : VALUE_OTHER);
+  return value == (asked->count > 1 || (op->timeout > 0 && asked->first->transaction)
+                       ? VALUE_TRUE
+                       : VALUE_OTHER);
+}
+
+static void let_go(struct session *s) {
+  s->op.guard = GUARD_UNLOCK;
+  recover(s, GUARD);
+}
+
+/* Interrupted when it was granted. What has joined the user's transaction cannot be let go. */
+static void interrupted(struct session *s) {
+  struct operation *op = &s->op;
+  bool stays = op->lock->transaction && !op->begins && op->state != KEEP;
+  failure_set(&op->failure, INTERRUPTED, "", "interrupted%s",
+              stays ? "; the lock is held until the transaction ends" : "");
+  if (stays) {
+    count_members(s, op->lock);
+    refused(s);
+  } else
+    let_go(s);
+}
+
+static void drawn(struct session *s) {
+  struct operation *op = &s->op;
+  bool failed = op->answer.failed || op->interrupted;
+  if (!failed && op->answer.value == VALUE_OTHER && op->token != 0) {
+    granted(s);
+    return;
+  }
+  if (op->answer.failed)
+    op->failure = op->answer.failure;
+  else if (op->interrupted)
+    failure_set(&op->failure, INTERRUPTED, "", "interrupted");
+  else
+    failure_set(&op->failure, SERVER, "",
+                "no token: where fsync is off, they may repeat after a crash");
+  let_go(s);
+}
+
+/* Of a try of many inside the user's transaction. */
+static bool keeps_savepoint(const struct operation *op) {
+  return op->timeout == 0 && op->asked.count > 1 && op->asked.first->transaction && !op->begins;
 }
 
 static void acquire_advance(struct session *s) {
   struct operation *op = &s->op;
   if (settling(s)) return;
+  if (op->state == DRAW) {
+    drawn(s);
+    return;
+  }
   if (op->answer.failed) {
     op->failure = op->answer.failure;
     /* A release in doubt before us may have left the server counting 2: adopt no such lock. */
@@ -313,6 +410,11 @@ static void acquire_advance(struct session *s) {
                     ? GUARD_LOOK
                     : GUARD_UNLOCK;
     recover(s, GUARD);
+  } else if (op->state == KEEP) {
+    if (op->interrupted)
+      interrupted(s);
+    else
+      granted(s);
   } else if (!is_answer(op)) {
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   } else if (doubts_asked(s)) {
@@ -321,12 +423,15 @@ static void acquire_advance(struct session *s) {
     go(s, SETTLE);
   } else if (op->answer.value == VALUE_FALSE) {
     failure_set(&op->failure, TIMEOUT, "", "%s", "");
-    refused(s);
-  } else if (op->interrupted) {
-    failure_set(&op->failure, INTERRUPTED, "", "interrupted");
-    op->guard = GUARD_UNLOCK;
-    go(s, GUARD);
-  } else
+    if (op->begins || keeps_savepoint(op))
+      let_go(s);
+    else
+      refused(s);
+  } else if (keeps_savepoint(op)) {
+    go(s, KEEP);
+  } else if (op->interrupted)
+    interrupted(s);
+  else
     granted(s);
 }
 
@@ -343,6 +448,10 @@ static void lock_leave(struct session *s, struct lock *lock, struct chain *chain
 /* Gives back what was counted at once. Nothing is sent for it while the operation goes on. */
 static void uncount(struct session *s, struct lock *lock) {
   struct chain nothing = {.kind = LEAVING};
+  for (size_t i = 0; lock->transaction && i < lock->count; i++) {
+    struct member *m = &lock->members[i];
+    if (!member_lost(m) && m->holding->count > 1) m->holding->count--;
+  }
   lock_leave(s, lock, &nothing);
   lock->state = LOCK_CLOSED;
 }
@@ -374,7 +483,9 @@ static const struct operation_kind acquiring = {"lock", true, acquire_advance, a
 
 struct options {
   struct hashing hashing;
-  bool shared;
+  enum { SCOPE_DEFAULT, SCOPE_SESSION, SCOPE_TRANSACTION } scope;
+  bool shared, token, patient; /* patient: waits as the Lua files know */
+  int slots;                   /* of a semaphore; 0: none */
   double timeout; /* < 0: none */
   int comment;    /* stack index, or 0 */
 };
@@ -390,11 +501,48 @@ double timeout_check(lua_State *L, int index, int argument, const char *what) {
   return fmin(timeout, LONGEST_TIMEOUT);
 }
 
+static bool boolean_check(lua_State *L, const char *option, int index) {
+  if (!lua_isboolean(L, index))
+    type_error(L, 2, lua_pushfstring(L, "option '%s': boolean", option), index);
+  return lua_toboolean(L, index);
+}
+
+static void scope_check(lua_State *L, int index, struct options *o) {
+  const char *scope = is_name(L, index) ? lua_tostring(L, index) : "";
+  if (strcmp(scope, "session") == 0)
+    o->scope = SCOPE_SESSION;
+  else if (strcmp(scope, "transaction") == 0)
+    o->scope = SCOPE_TRANSACTION;
+  else
+    argument_error(L, 2, "option 'scope': \"session\" or \"transaction\" expected");
+}
+
+static void strategy_check(lua_State *L, int index, struct options *o) {
+  const char *strategy = is_name(L, index) ? lua_tostring(L, index) : "";
+  o->patient = strcmp(strategy, "notify") == 0 || strcmp(strategy, "poll") == 0;
+  if (!o->patient && strcmp(strategy, "queue") != 0)
+    argument_error(L, 2, "option 'strategy': \"queue\", \"notify\" or \"poll\" expected");
+}
+
+static void slots_check(lua_State *L, int index, struct options *o) {
+  double slots = lua_type(L, index) == LUA_TNUMBER ? lua_tonumber(L, index) : 0;
+  if (!(slots >= 1 && slots <= MOST_SLOTS && slots == floor(slots)))
+    argument_error(L, 2, "option 'slots': integer from 1 to 1000 expected");
+  o->slots = (int)slots;
+}
+
 static void option_check(lua_State *L, const char *option, int index, struct options *o) {
-  if (strcmp(option, "shared") == 0) {
-    if (!lua_isboolean(L, index)) type_error(L, 2, "option 'shared': boolean", index);
-    o->shared = lua_toboolean(L, index);
-  } else if (strcmp(option, "timeout") == 0)
+  if (strcmp(option, "shared") == 0)
+    o->shared = boolean_check(L, option, index);
+  else if (strcmp(option, "token") == 0)
+    o->token = boolean_check(L, option, index);
+  else if (strcmp(option, "scope") == 0)
+    scope_check(L, index, o);
+  else if (strcmp(option, "strategy") == 0)
+    strategy_check(L, index, o);
+  else if (strcmp(option, "slots") == 0)
+    slots_check(L, index, o);
+  else if (strcmp(option, "timeout") == 0)
     o->timeout = timeout_check(L, index, 2, "option 'timeout'");
   else if (strcmp(option, "comment") == 0) {
     if (lua_type(L, index) != LUA_TSTRING && !lua_isboolean(L, index))
@@ -409,7 +557,9 @@ static void option_check(lua_State *L, const char *option, int index, struct opt
 /* The options at 3; 4 is a place for the comment. */
 static void options_check(lua_State *L, struct options *o) {
   memset(&o->hashing, 0, sizeof o->hashing);
-  o->shared = false;
+  o->scope = SCOPE_DEFAULT;
+  o->shared = o->token = o->patient = false;
+  o->slots = 0;
   o->timeout = -1;
   o->comment = 0;
   if (lua_isnil(L, 3)) return;
@@ -418,6 +568,16 @@ static void options_check(lua_State *L, struct options *o) {
     if (!is_name(L, -2)) option_error(L, 2);
     option_check(L, lua_tostring(L, -2), lua_gettop(L), o);
   }
+  if (o->token && o->scope == SCOPE_TRANSACTION)
+    argument_error(L, 2, "option 'token': a lock of session scope expected, not of a transaction");
+  if (o->slots > 0 && (o->shared || o->scope == SCOPE_TRANSACTION))
+    argument_error(L, 2, "option 'slots': an exclusive lock of session scope expected");
+}
+
+/* Of lock_all, and of check_all for it. */
+static void options_check_all(lua_State *L, struct options *o) {
+  options_check(L, o);
+  if (o->slots > 0) argument_error(L, 2, "option 'slots': one key expected, not many");
 }
 
 /* check(key, options): raises what conn:lock would raise about them. */
@@ -506,7 +666,7 @@ static int check_all_arguments(lua_State *L) {
   lua_pushnil(L);
   lua_insert(L, 1);
   lua_settop(L, 4);
-  options_check(L, &o);
+  options_check_all(L, &o);
   count = list_check(L, &names_length);
   for (size_t i = 1; i <= count; i++) {
     lua_rawgeti(L, 2, (int)i);
@@ -527,6 +687,8 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
   lock->magic = LOCK_MAGIC;
   lock->state = LOCK_CLOSED;
   lock->shared = o->shared;
+  lock->transaction = o->scope == SCOPE_TRANSACTION;
+  lock->draws = o->token;
   lock->many = many;
   lock->count = count;
   if (!many) member_read(L, 2, 0, o, lock->members, names, names_length);
@@ -551,7 +713,8 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
 static bool find_holdings(struct session *s, struct lock *lock) {
   for (size_t i = 0; i < lock->count; i++) {
     struct member *m = &lock->members[i];
-    struct holding *h = m->holding = holding_get(s, &m->key, lock->shared);
+    struct holding *h = m->holding = holding_get(s, &m->key, lock->shared,
+                                                  lock->transaction);
     if (h != NULL && (h->count > 0 || holding_set_name(h, m->name, m->name_length))) continue;
     for (size_t made = 0; made <= i; made++)
       if (lock->members[made].holding != NULL) holding_put(s, lock->members[made].holding);
@@ -566,6 +729,31 @@ static bool holds_all(const struct lock *lock) {
   return i == lock->count;
 }
 
+/* The server would count a key twice, and show it once: so a connection has it in one scope. */
+static void scopes_check(lua_State *L, struct session *s, const struct lock *lock) {
+  if (!lock->transaction && !s->joined) return;
+  for (size_t i = 0; i < lock->count; i++)
+    if (holding_in_scope(s, &lock->members[i].key, !lock->transaction))
+      argument_error(L, 2, lock->transaction
+                               ? "option 'scope': this connection holds the key in session scope"
+                               : "option 'scope': this connection holds the key until its transaction ends");
+}
+
+/* Raises what only the connection can know about the options. */
+static void demands_check(lua_State *L, struct session *s, const struct options *o) {
+  const char *message = NULL;
+  enum code code = SERVER;
+  if (s->pooling == TRANSACTION_POOLING && o->scope != SCOPE_TRANSACTION) {
+    code = POOLED;
+    message = "a lock of session scope cannot be had behind a pooler of transactions";
+  } else if (o->token && s->pooling == TRANSACTION_POOLING) {
+    code = POOLED;
+    message = "a token cannot be had behind a pooler of transactions";
+  } else if (o->token && s->in_transaction)
+    message = "a token cannot be drawn inside a transaction: when that commits, later ones may have been drawn";
+  if (message != NULL) raise_failure(L, code, message);
+}
+
 /* Asks the server about what is not ours already. What is ours is counted at once: while this lock waits
  * for the rest, the scope of another one on it may end. */
 static void ask_for_all(struct session *s, struct lock *lock) {
@@ -577,7 +765,8 @@ static void ask_for_all(struct session *s, struct lock *lock) {
 }
 
 /* Connection, key or keys, options; leaves the lock at the top. The server enforces the timeout; the
- * client's deadline behind it is for a server that does not answer. */
+ * client's deadline behind it is for a server that does not answer. NULL: nothing was begun, because it
+ * is for `wait_patiently`. */
 static struct session *acquire_begin(lua_State *L, enum demand demand, bool many) {
   struct session *s;
   struct options o;
@@ -585,11 +774,20 @@ static struct session *acquire_begin(lua_State *L, enum demand demand, bool many
   const char *comment = NULL;
   lua_settop(L, 4);
   s = connection_check(L, 1);
-  options_check(L, &o);
+  if (many)
+    options_check_all(L, &o);
+  else
+    options_check(L, &o);
+  if (o.slots > 0 && demand == DEMAND_ATTEMPT)
+    argument_error(L, 2, "option 'slots': not with wait = false");
   if (demand != DEMAND_LOCK && o.timeout < 0) o.timeout = 0;
+  if (o.slots > 0 || (o.patient && o.timeout != 0)) return NULL;
+  if (o.scope == SCOPE_DEFAULT && s->pooling == TRANSACTION_POOLING) o.scope = SCOPE_TRANSACTION;
   lock = lock_new(L, s, many, &o);
   if (o.comment != 0) comment = comment_push(L, o.comment, lock);
   connection_ready(L, 1, s); /* last, because a collection may have done anything to it */
+  demands_check(L, s, &o);
+  scopes_check(L, s, lock);
   if (comment != NULL) slot_set(L, 1, SLOT_COMMENT);
   if (!command_reserve(s, lock->count) || !find_holdings(s, lock)) {
     luaL_error(L, "not enough memory");
@@ -606,8 +804,8 @@ static struct session *acquire_begin(lua_State *L, enum demand demand, bool many
   s->op.comment = comment;
   lock->state = LOCK_ACQUIRING;
   ask_for_all(s, lock);
-  if (s->op.asked.count == 0) /* ours already: the server is not asked to count */
-    granted(s);
+  if (s->op.asked.count == 0 && !(lock->transaction && s->transaction_failed))
+    granted(s); /* ours already: the server is not asked to count */
   else if (s->transaction_failed)
     finished(s, ABORTED_TRANSACTION, "the transaction is aborted: nothing was locked");
   else
@@ -615,31 +813,48 @@ static struct session *acquire_begin(lua_State *L, enum demand demand, bool many
   return s;
 }
 
-static int connection_lock(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_LOCK, false));
+/* patiently(fn): what fn(conn, method, key, options) does is done for the options `slots` and `strategy`. */
+static int patiently(lua_State *L) {
+  luaL_checktype(L, 1, LUA_TFUNCTION);
+  lua_settop(L, 1);
+  lua_setfield(L, LUA_REGISTRYINDEX, PATIENTLY);
+  return 0;
 }
 
-static int connection_try_lock(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_TRY, false));
+static int wait_patiently(lua_State *L, const char *method) {
+  lua_settop(L, 3);
+  lua_getfield(L, LUA_REGISTRYINDEX, PATIENTLY);
+  lua_insert(L, 1);
+  lua_pushstring(L, method);
+  lua_insert(L, 3);
+  lua_call(L, 4, LUA_MULTRET);
+  return lua_gettop(L);
 }
 
-static int connection_lock_all(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_LOCK, true));
+static int acquire(lua_State *L, enum demand demand, bool many, const char *method) {
+  struct session *s = acquire_begin(L, demand, many);
+  return s != NULL ? operation_complete(L, s) : wait_patiently(L, method);
 }
+
+static int connection_lock(lua_State *L) { return acquire(L, DEMAND_LOCK, false, "lock"); }
+
+static int connection_try_lock(lua_State *L) { return acquire(L, DEMAND_TRY, false, "try_lock"); }
+
+static int connection_lock_all(lua_State *L) { return acquire(L, DEMAND_LOCK, true, "lock_all"); }
 
 static int connection_try_lock_all(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_TRY, true));
+  return acquire(L, DEMAND_TRY, true, "try_lock_all");
 }
 
 /* attempt(conn, key, options): as try_lock, but a lock object either way: `acquired` tells. */
-static int attempt(lua_State *L) {
-  return operation_complete(L, acquire_begin(L, DEMAND_ATTEMPT, false));
-}
+static int attempt(lua_State *L) { return acquire(L, DEMAND_ATTEMPT, false, "attempt"); }
 
+/* True: nothing was begun, because it is for the function that `patiently` has set. */
 static int acquire_start(lua_State *L, enum demand demand, bool many) {
-  acquire_begin(L, demand, many);
-  slot_set(L, 1, SLOT_PENDING);
-  return 0;
+  bool begun = acquire_begin(L, demand, many) != NULL;
+  if (begun) slot_set(L, 1, SLOT_PENDING);
+  lua_pushboolean(L, !begun);
+  return 1;
 }
 
 static int start_lock(lua_State *L) { return acquire_start(L, DEMAND_LOCK, false); }
@@ -673,19 +888,21 @@ static void release_advance(struct session *s) {
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
 }
 
-enum { RELEASE_DONE, RELEASE_OF_NOTHING };
+enum { RELEASE_DONE, RELEASE_OF_NOTHING, RELEASE_OF_JOINED };
 
 static int release_finish(lua_State *L, struct session *s) {
-  bool nothing = s->op.demand == RELEASE_OF_NOTHING;
+  int demand = s->op.demand;
   operation_end(L, s);
   if (s->scheduled) connection_tell_free(L, 1);
-  if (nothing) {
+  if (demand == RELEASE_OF_NOTHING) {
     lua_pushnil(L);
     lua_pushliteral(L, "not held");
     return 2;
   }
   lua_pushboolean(L, 1);
-  return 1;
+  if (demand != RELEASE_OF_JOINED) return 1;
+  lua_pushliteral(L, "held until the transaction ends");
+  return 2;
 }
 
 static const struct operation_kind releasing = {"release", false, release_advance,
@@ -699,12 +916,15 @@ static bool is_ours(const struct session *s) {
 static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
   bool ours = is_ours(s);
   bool sends = !s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing);
+  double now = monotonic_now();
   lock->state = LOCK_RELEASED;
+  if (lock->transaction) return; /* what it holds ends with that */
   for (size_t i = 0; i < lock->count; i++) {
     struct member *m = &lock->members[i];
     struct holding *h = m->holding;
     if (member_lost(m)) continue;
     h->count--;
+    if (h->count == 0) holding_left(s, h, now);
     if (ours && h->count == 0 && sends) {
       chain_add(chain, h);
       continue;
@@ -719,25 +939,37 @@ static void lock_leave(struct session *s, struct lock *lock, struct chain *chain
 /* Without waiting for the answer. */
 static void release_now(struct session *s, struct lock *lock) {
   struct chain chain = {.kind = LEAVING};
+  bool ends = owns_transaction(s, lock);
   lock_leave(s, lock, &chain);
+  if (ends) rollback_now(s);
   if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
+  if (s->announced > 0 && s->op.kind == NULL) announcements_send(s);
 }
 
 /* The session must be free. */
 static void release_begin(struct session *s, struct lock *lock) {
   struct operation *op = &s->op;
+  if (owns_transaction(s, lock) && lock_state(lock) == LOCK_HELD) {
+    lock->state = LOCK_RELEASED;
+    commit_begin(s, &lock->members[0].key, s->reply_timeout);
+    return;
+  }
   operation_begin(s, &releasing, s->reply_timeout);
   op->key = lock->members[0].key;
   op->has_key = !lock->many;
   if (lock_state(lock) == LOCK_LOST) {
     release_now(s, lock); /* of many keys, some may still be held */
     if (!op->done) operation_done(s, LOST, "", NOT_HELD_MESSAGE);
-  } else if (lock->state != LOCK_HELD || s->state == SESSION_CLOSED) {
+  } else if (lock_state(lock) != LOCK_HELD || s->state == SESSION_CLOSED) {
     op->demand = RELEASE_OF_NOTHING;
     operation_done(s, NO_ERROR, "", NULL);
   } else if (s->state == SESSION_LOST) {
     release_now(s, lock);
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
+  } else if (lock->transaction) {
+    lock->state = LOCK_RELEASED;
+    op->demand = RELEASE_OF_JOINED;
+    operation_done(s, NO_ERROR, "", NULL);
   } else if (s->deferred) {
     release_now(s, lock);
     if (!op->done) operation_done(s, NO_ERROR, "", NULL);
@@ -747,6 +979,7 @@ static void release_begin(struct session *s, struct lock *lock) {
       go(s, MAIN);
     else
       operation_done(s, NO_ERROR, "", NULL);
+    if (s->announced > 0 && !op->done) announcements_send(s); /* right behind */
   }
 }
 
@@ -772,7 +1005,7 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
   else if (lock_state(lock) == LOCK_LOST)
     operation_done(s, LOST, "", NOT_HELD_MESSAGE);
-  else if (lock->state != LOCK_HELD || s->state != SESSION_OPEN)
+  else if (lock_state(lock) != LOCK_HELD || s->state != SESSION_OPEN)
     operation_done(s, NOT_HELD, "", "this lock is not held");
   else if (s->transaction_failed)
     operation_done(s, ABORTED_TRANSACTION, "", "the transaction is aborted: nothing was asked");
@@ -893,7 +1126,8 @@ static int start_check(lua_State *L) {
 static int lock_held(lua_State *L) {
   struct lock *lock = lock_check(L);
   struct session *s = connection_insert(L, lock);
-  lua_pushboolean(L, lock_state(lock) == LOCK_HELD && session_alive(s));
+  lua_pushboolean(L, session_alive(s) && lock_state(lock) == LOCK_HELD &&
+                         !(lock->transaction && s->transaction_failed));
   connection_tell_loss(L, 1, s);
   return 1;
 }
@@ -906,7 +1140,11 @@ static int lock_scope_end(lua_State *L) {
   if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
     release_now(s, lock);
   else {
-    release_begin(s, lock);
+    if (owns_transaction(s, lock)) {
+      lock->state = LOCK_RELEASED;
+      rollback_begin(s);
+    } else
+      release_begin(s, lock);
     operation_run(L, s, s->op.started);
     if (s->op.failure.code == NOT_HELD) { /* nobody else would tell */
       s->release_failure = s->op.failure;
@@ -967,6 +1205,12 @@ static int lock_index(lua_State *L) {
                                   : (void)lua_pushlstring(L, m->name, m->name_length);
   else if (strcmp(field, "waited") == 0)
     lua_pushnumber(L, lock->waited);
+  else if (strcmp(field, "slot") == 0 && lock->slot > 0)
+    lua_pushinteger(L, lock->slot);
+  else if (strcmp(field, "scope") == 0)
+    lua_pushstring(L, lock->transaction ? "transaction" : "session");
+  else if (strcmp(field, "token") == 0 && lock->token != 0)
+    push_exact(L, (int64_t)lock->token);
   return 1;
 }
 
@@ -1022,10 +1266,77 @@ static int connection_of(lua_State *L) {
   return 1;
 }
 
-static const luaL_Reg functions[] = {{"attempt", attempt},
+/* exchange(lock, other): two locks of one connection on the same keys give each other what they hold, so
+ * that a lock changes its mode. False: one of them is not held any more. */
+static int exchange(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  struct lock *other = check_userdata(L, 2, LOCK_TYPE, sizeof *other, LOCK_MAGIC);
+  bool held = lock->session == other->session && lock->count == other->count &&
+              lock_state(lock) == LOCK_HELD && lock_state(other) == LOCK_HELD;
+  bool shared = lock->shared;
+  for (size_t i = 0; held && i < lock->count; i++) {
+    struct member *a = &lock->members[i], *b = &other->members[i], kept = *a;
+    a->holding = b->holding;
+    a->generation = b->generation;
+    b->holding = kept.holding;
+    b->generation = kept.generation;
+  }
+  if (held) {
+    lock->shared = other->shared;
+    other->shared = shared;
+    lock->token = other->token;
+  }
+  lua_pushboolean(L, held);
+  return 1;
+}
+
+/* let_go(lock): as its collection does: only sends. */
+static int let_go_now(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  if (lock->state == LOCK_HELD) release_now(lock->session, lock);
+  return 0;
+}
+
+/* holds(conn, key): in session scope, in any mode? */
+static int holds(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  const struct key *key = key_test(L, 2);
+  if (key == NULL) luaL_argerror(L, 2, "key expected");
+  lua_pushboolean(L, holding_in_scope(s, key, false));
+  return 1;
+}
+
+/* annotate(lock, { waited =, slot =, announces = }): announces: the marker to announce the end of the
+ * lock with, however soon that comes; false: it is not announced. */
+static int annotate(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  const struct key *marker;
+  luaL_checktype(L, 2, LUA_TTABLE);
+  lua_getfield(L, 2, "waited");
+  if (!lua_isnil(L, -1)) lock->waited = luaL_checknumber(L, -1);
+  lua_getfield(L, 2, "slot");
+  if (!lua_isnil(L, -1)) lock->slot = (int)luaL_checkinteger(L, -1);
+  lua_getfield(L, 2, "announces");
+  if (lua_isnil(L, -1)) return 0;
+  marker = key_test(L, -1);
+  for (size_t i = 0; i < lock->count; i++) {
+    struct holding *h = lock->members[i].holding;
+    if (member_lost(&lock->members[i])) continue;
+    h->announces = marker != NULL ? ANNOUNCES_OTHER : ANNOUNCES_NOTHING;
+    if (marker != NULL) h->announced = *marker;
+  }
+  return 0;
+}
+
+static const luaL_Reg functions[] = {{"annotate", annotate},
+                                     {"attempt", attempt},
                                      {"check", check_arguments},
                                      {"check_all", check_all_arguments},
                                      {"connection_of", connection_of},
+                                     {"exchange", exchange},
+                                     {"holds", holds},
+                                     {"let_go", let_go_now},
+                                     {"patiently", patiently},
                                      {NULL, NULL}};
 
 void lock_open(lua_State *L) {

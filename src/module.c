@@ -190,6 +190,13 @@ void failure_push(lua_State *L, const struct failure *failure, const struct key 
   luaL_setmetatable(L, ERROR_TYPE);
 }
 
+void raise_failure(lua_State *L, enum code code, const char *message) {
+  struct failure failure;
+  failure_set(&failure, code, "", "%s", message);
+  failure_push(L, &failure, NULL);
+  lua_error(L);
+}
+
 static const char *field(lua_State *L, const char *name, const char *otherwise) {
   lua_getfield(L, 1, name);
   return lua_type(L, -1) == LUA_TSTRING ? lua_tostring(L, -1) : otherwise;
@@ -210,13 +217,12 @@ static int error_tostring(lua_State *L) {
 
 /* raise(code, message): an error object for the Lua files. */
 static int raise_error(lua_State *L) {
-  const char *code = luaL_checkstring(L, 1);
-  struct failure failure;
-  failure_set(&failure, SERVER, "", "%s", luaL_checkstring(L, 2));
+  const char *name = luaL_checkstring(L, 1);
+  enum code code = SERVER;
   for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
-    if (strcmp(codes[i].name, code) == 0) failure.code = codes[i].code;
-  failure_push(L, &failure, NULL);
-  return lua_error(L);
+    if (strcmp(codes[i].name, name) == 0) code = codes[i].code;
+  raise_failure(L, code, luaL_checkstring(L, 2));
+  return 0;
 }
 
 /* ---- the module ------------------------------------------------------------------------ */
@@ -264,5 +270,7 @@ int luaopen_pglocks_core(lua_State *L) {
   connection_open(L);
   query_open(L);
   lock_open(L);
+  transaction_open(L);
+  notify_open(L);
   return 1;
 }

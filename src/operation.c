@@ -19,7 +19,7 @@ void operation_begin(struct session *s, const struct operation_kind *kind, doubl
   op->kind = kind;
   op->started = monotonic_now();
   op->deadline = op->started + seconds;
-  op->reply_by = op->cancel_at = INFINITY;
+  op->reply_by = op->look_at = INFINITY;
 }
 
 static double operation_deadline(const struct session *s) {
@@ -27,13 +27,13 @@ static double operation_deadline(const struct session *s) {
 }
 
 double operation_wakes(const struct session *s) {
-  return fmin(operation_deadline(s), s->op.cancel_at);
+  return fmin(operation_deadline(s), s->op.look_at);
 }
 
 bool operation_cancel(struct session *s) {
   bool begun = s->cancel != NULL || cancel_begin(s); /* one may be under way already */
   /* What could not be begun at all is not repeated: nobody would expect its outcome. */
-  if (begun || s->op.cancel_at < INFINITY) s->op.cancel_at = monotonic_now() + CANCEL_AGAIN;
+  if (begun || s->op.look_at < INFINITY) s->op.look_at = monotonic_now() + CANCEL_AGAIN;
   return begun;
 }
 
@@ -44,8 +44,10 @@ void operation_drop(struct session *s) {
   op->kind = NULL;
   op->lock = NULL;
   holdings_unask(s);
+  if (s->rollback_due && s->state == SESSION_OPEN) command_rollback(s);
   /* A transaction that has just ended lets go what could not be released inside it. */
   if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
+  if (s->announced > 0) announcements_send(s);
 }
 
 void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,
@@ -76,6 +78,10 @@ void operation_interrupt(struct session *s) {
   struct operation *op = &s->op;
   if (op->interrupted || op->done) return;
   op->interrupted = true;
+  if (s->state == SESSION_OPEN && op->unanswered == 0 && s->cancel == NULL) { /* nothing was asked */
+    op->kind->advance(s);
+    return;
+  }
   op->deadline = fmin(op->deadline, monotonic_now() + s->reply_timeout);
   if (s->state == SESSION_CONNECTING) {
     session_disconnect(s);
@@ -120,9 +126,9 @@ void operation_progress(struct session *s) {
     cancel_look(s);
     give_up_on_lost_sync(s);
     if (s->cancel == NULL && op->unanswered == 0) {
-      op->cancel_at = INFINITY;
+      op->look_at = INFINITY;
       op->kind->advance(s);
-    } else if (op->cancel_at < INFINITY && monotonic_now() >= op->cancel_at)
+    } else if (op->look_at < INFINITY && monotonic_now() >= op->look_at)
       operation_cancel(s);
   }
   if (!op->done && monotonic_now() >= operation_deadline(s)) operation_expire(s);

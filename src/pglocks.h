@@ -100,6 +100,7 @@ void key_check(lua_State *L, int index, int options, int argument, int element,
 /* One option of a call: true if `option` was "hash" or "namespace"; its value is at `index`. */
 bool key_option(lua_State *L, const char *option, int index, int argument, struct hashing *how);
 void key_push(lua_State *L, const struct key *key);
+const struct key *key_test(lua_State *L, int index); /* of a key object; or NULL */
 bool key_equal(const struct key *a, const struct key *b);
 /* 64-bit keys ascending, then pairs: the order in which many are locked. */
 int key_compare(const struct key *a, const struct key *b);
@@ -181,6 +182,7 @@ void failure_set(struct failure *failure, enum code code, const char *sqlstate,
                  const char *format, ...) __attribute__((format(printf, 4, 5)));
 /* Somebody had dropped the prepared statement: the server did nothing. */
 bool failure_never_ran(const struct failure *failure);
+void raise_failure(lua_State *L, enum code code, const char *message);
 void failure_push(lua_State *L, const struct failure *failure, const struct key *key);
 
 /* ---- command.c ------------------------------------------------------------------------ */
@@ -217,11 +219,15 @@ struct command {
   struct command *next;
   struct chain leaving; /* empty: the answer is the operation's */
   bool settles;         /* the guard for doubtful holdings, not their release */
+  bool looks;           /* whether they are held still */
   bool marks;           /* a 't' or an 'f' for each holding is to come */
   bool keep_result;
   bool prepares;  /* its statement, so that the first result is of that */
   bool abandoned; /* nobody wants its answer */
   bool vital;     /* the session is lost when it fails */
+  bool draws;     /* a token */
+  bool commits;   /* abandoned: on_lost is told when it fails, of the lock on `key` */
+  struct key key;
   int statement;  /* that it executes, or -1 */
   int results;    /* seen so far */
   struct answer answer;
@@ -231,8 +237,20 @@ enum guard { GUARD_LOOK, GUARD_UNLOCK };
 
 /* The statements of lock.c, prepared when first used: for one key verb, shared, pair; for many
  * verb, shared. */
-enum verb { VERB_LOCK, VERB_LOCK_TIMED, VERB_TRY, VERB_UNLOCK, VERBS };
-enum { MANY = VERBS * 2 * 2, STATEMENTS = MANY + VERBS * 2 };
+enum verb {
+  VERB_LOCK,
+  VERB_LOCK_TIMED,
+  VERB_TRY,
+  VERB_XACT_LOCK, /* of the transaction's scope: opens one, or joins the open one */
+  VERB_XACT_TIMED,
+  VERB_XACT_TRY, /* of many, in an open one: its savepoint is left to release, or to roll back to */
+  VERB_UNLOCK,
+  VERBS
+};
+enum { MANY = VERBS * 2 * 2, TOKEN = MANY + VERBS * 2, ANNOUNCEMENT, STATEMENTS };
+
+#define ROLL_BACK_TO_SAVED "ROLLBACK TO SAVEPOINT pglocks"
+#define RELEASE_SAVED "RELEASE SAVEPOINT pglocks"
 
 /* What any command may be about without command_reserve. */
 enum { ALWAYS_ROOM_FOR = 32 };
@@ -245,8 +263,16 @@ bool command_reserve(struct session *s, size_t count);
 void command_statement(struct session *s, enum verb verb, const struct chain *chain,
                        const char *milliseconds, const char *comment);
 void command_guard(struct session *s, enum guard guard, const struct chain *chain);
+void command_token(struct session *s);
+/* Of so many markers: whoever waits for one hears of it. Nobody waits for the answer. */
+void command_announce(struct session *s, const struct key *markers, int count);
+void command_listen(struct session *s, const struct key *marker);
+void command_unlisten(struct session *s, const struct key *marker);
+void command_begin_transaction(struct session *s);
+/* told: nobody waits, and on_lost hears of a failure, as of the lock on that key. */
+void command_commit(struct session *s, const struct key *told);
 void command_simple(struct session *s, const char *first, const char *second);
-/* Ends the transaction, if one is open, and lets everything go. */
+/* Ends the transaction, if one is open, and lets everything go; sends something in any case. */
 void command_unlock_all(struct session *s);
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
 void command_sync(struct session *s);
@@ -280,7 +306,8 @@ struct operation {
   int unanswered;   /* commands in flight whose answer it waits for */
   double started, deadline; /* monotonic seconds; INFINITY: none */
   double reply_by;          /* a deadline of the step it is at, that needs no waiting */
-  double cancel_at;         /* when to cancel again what is unanswered still; INFINITY: not */
+  double look_at;           /* when to go on without input: to cancel again what is unanswered still, or to
+                             * end a wait for a notification; INFINITY: not */
   PGresult **result;        /* of a query: in a box of Lua's */
   /* acquire, release and check */
   struct lock *lock;
@@ -291,6 +318,8 @@ struct operation {
   enum guard guard;
   int resume;     /* the state after the transaction was put right */
   int rounds;     /* of statements that a cancel hit */
+  bool begins;    /* its statement began a transaction */
+  uint64_t token; /* drawn for it */
   double timeout; /* seconds, < 0: none */
   const char *comment; /* SQL before the statement, kept alive by the environment; or NULL */
   struct failure failure; /* once done; NO_ERROR: success. From here on large, and seldom needed */
@@ -326,6 +355,9 @@ void operation_abandon(struct session *s);
 
 enum session_state { SESSION_CONNECTING, SESSION_OPEN, SESSION_LOST, SESSION_CLOSED };
 
+/* What stands between us and the server's session. */
+enum pooling { DIRECT, SESSION_POOLING, TRANSACTION_POOLING };
+
 struct cancel;
 
 enum { BUCKETS = 16 };
@@ -345,7 +377,7 @@ struct session {
   bool in_transaction, transaction_failed; /* after the last command that could change it */
   bool deferred;  /* releases are sent and their answers collected later */
   bool scheduled; /* a scheduler waits for it: nothing here blocks */
-  bool pooled;
+  enum pooling pooling;
   bool unflushed;        /* libpq has more to write than its socket took */
   bool broken;           /* not the server, but the network ended it */
   bool written;          /* there may be something to take at pump_fd */
@@ -359,7 +391,16 @@ struct session {
   int doubtful, settle_rounds;
   struct cancel *cancel;    /* a cancel request under way */
   unsigned long operations; /* begun so far: the number of the one under way */
-  uint32_t prepared;        /* a bit for each statement */
+  uint64_t prepared;        /* a bit for each statement */
+  unsigned long transaction, transactions; /* that a lock began: the number of the one that is open, or
+                                            * 0; and how many there were */
+  bool joined;              /* there are holdings of the transaction's scope */
+  bool rollback_due;        /* as soon as the operation under way is over */
+  bool notified;            /* a notification has come since the last operation that waited for one */
+  int announced;            /* locks let go that are to be announced: their markers */
+  struct key announcements[ALWAYS_ROOM_FOR];
+  bool commits_deferred;    /* COMMIT is sent, and its answer collected later */
+  double lease;             /* seconds, for a lock's transaction behind a pooler of transactions; 0: none */
   int pump_fd;              /* what libpq takes for the server is a socketpair: its other end, or -1.
                              * libpq does not know the server's address then, and cannot send it a
                              * cancel request */
@@ -440,8 +481,47 @@ void connection_tell_free(lua_State *L, int index); /* on_free(conn), protected 
 bool method_push(lua_State *L, bool scheduled);
 void connection_open(lua_State *L);
 
+/* ---- transaction.c -------------------------------------------------------------------- */
+
+#define ROLLED_BACK_MESSAGE "a statement had failed: the transaction was rolled back"
+
+/* The transaction is over, or its end has been sent: with it go the locks of its scope. */
+void transaction_ended(struct session *s);
+/* A statement of the user's was answered with this tag: it may have ended the transaction and begun
+ * another, or gone back to a savepoint. Then the server is asked which locks are left. */
+void transaction_note_end(struct session *s, const char *tag);
+enum { COMMITTING = 1 }; /* op.demand */
+/* The session must be free. key: of the lock whose release it is, not waited for where that is deferred;
+ * or NULL. */
+void commit_begin(struct session *s, const struct key *key, double seconds);
+/* Rolls the transaction back, and waits for the answer. */
+void rollback_begin(struct session *s);
+/* Without waiting, and as soon as it can be done. */
+void rollback_now(struct session *s);
+void transaction_open(lua_State *L); /* adds to the module at the top */
+
+/* ---- notify.c ---------------------------------------------------------------------------
+ *
+ * Who waits with strategy = "notify" listens on a channel, and holds its marker, a shared lock. Who lets
+ * go of a lock looks whether somebody has its marker, and only then notifies. Looking takes the server
+ * about as long as a lock: so nobody looks whose lock was held shorter than a waiter's first pauses. */
+
+#define ANNOUNCED_AFTER 0.001 /* seconds */
+
+/* The marker of those who wait for a key, of which its channel has the number. False: no memory. */
+bool marker_of(const struct key *key, struct key *marker);
+/* A lock on the key was let go. */
+void announce(struct session *s, const struct key *marker);
+/* Sends what is to be announced, unless a transaction is open: it would come only at its end. */
+void announcements_send(struct session *s);
+void notify_open(lua_State *L); /* adds to the module at the top */
+
 /* ---- query.c -------------------------------------------------------------------------- */
 
+/* The step of an operation that is one command of the user's. Where that has ended a transaction, what
+ * could not be released inside it is let go, and that is waited for. */
+void query_advance(struct session *s);
+void push_exact(lua_State *L, int64_t n); /* as a decimal string where the runtime has it not exactly */
 void query_open(lua_State *L); /* adds to the methods at the top, and to `start` below it */
 
 /* ---- holding.c ------------------------------------------------------------------------ */
@@ -449,6 +529,7 @@ void query_open(lua_State *L); /* adds to the methods at the top, and to `start`
 struct holding {
   struct key key;
   bool shared;
+  bool transaction; /* of its scope: it ends with that, and is never unlocked */
   bool doubtful;  /* a release went wrong: the guard has yet to settle it */
   bool untouched; /* that release never ran, so that the guard must find the lock */
   bool asked;     /* in the operation's chain */
@@ -459,6 +540,9 @@ struct holding {
   /* Locks refer to it by number: nothing here points to a lock, because Lua 5.4 frees a userdata
    * whose finalizer it has no memory to call. */
   unsigned long generation; /* of one making, unless the server was found not to hold it */
+  double since;             /* monotonic seconds */
+  enum { ANNOUNCES_ITSELF, ANNOUNCES_NOTHING, ANNOUNCES_OTHER } announces;
+  struct key announced; /* marker of the other */
   bool has_name;            /* the first lock on it was taken by this name: */
   char *name;               /* a buffer that is kept for the next use of the struct */
   size_t name_length, name_size;
@@ -470,11 +554,15 @@ struct holding {
 #define NOT_HELD_MESSAGE "the server did not hold the lock any more"
 
 /* The holding of a key and mode, made where there is none; NULL without memory. */
-struct holding *holding_get(struct session *s, const struct key *key, bool shared);
+struct holding *holding_get(struct session *s, const struct key *key, bool shared, bool transaction);
+/* Is the key held in that scope, in any mode? */
+bool holding_in_scope(struct session *s, const struct key *key, bool transaction);
 /* For conn:locks(); name may be NULL. False: no memory. */
 bool holding_set_name(struct holding *h, const char *name, size_t length);
 /* The server does not know the lock: something in this session let it go behind our back. */
 void holding_lost(struct session *s, struct holding *h);
+/* The last lock on it has been let go: to be announced, where it was held long enough. */
+void holding_left(struct session *s, const struct holding *h, double now);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
 void chain_add(struct chain *chain, struct holding *h);
@@ -485,6 +573,10 @@ void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holdings_answered(struct session *s, const struct command *command);
 bool holdings_any(const struct session *s); /* is anything held? */
+/* Those of the transaction's scope are no longer held. */
+void holdings_leave_transaction(struct session *s);
+/* Asks the server whether they are. */
+void holdings_verify(struct session *s);
 /* Sends the guard for every doubtful holding, unless the transaction must end first. */
 void holdings_settle(struct session *s);
 void holdings_free(struct session *s);

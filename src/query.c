@@ -9,37 +9,38 @@
 
 enum { MAX_PARAMETERS = 64, BOOL_OID = 16, INT8_OID = 20, INT2_OID = 21, INT4_OID = 23, OID_OID = 26 };
 
-enum { ANSWERED, SETTLED };
+enum { ANSWERED, SETTLED }; /* op.state */
 
-/* Of query and ping. When a transaction has just ended, what could not be released inside it is
- * let go, and that is waited for: the guards' answers come before that to a Sync after them. */
-static void query_advance(struct session *s) {
+/* The guards' answers come before that to a Sync after them. */
+void query_advance(struct session *s) {
   struct operation *op = &s->op;
+  struct command **unanswered = s->newest;
   if (op->state == ANSWERED) {
     if (op->answer.failed) op->failure = op->answer.failure;
     if (op->interrupted) failure_set(&op->failure, INTERRUPTED, "", "interrupted");
-  }
-  if (op->state == ANSWERED && s->doubtful > 0 && !s->transaction_failed) {
     op->state = SETTLED;
     op->reply_by = monotonic_now() + s->reply_timeout;
+    if (op->result != NULL && *op->result != NULL)
+      transaction_note_end(s, PQcmdStatus(*op->result));
     holdings_settle(s);
-    command_sync(s);
-  } else
+    if (s->newest != unanswered) command_sync(s);
+  }
+  if (op->unanswered == 0 && !op->done)
     operation_done(s, op->failure.code, op->failure.sqlstate, "%s", op->failure.message);
 }
 
 /* ---- rows ------------------------------------------------------------------------------ */
 
-/* Integers as such where the runtime has them exactly, and as decimal strings elsewhere. */
-static void push_integer(lua_State *L, const char *text) {
+void push_exact(lua_State *L, int64_t n) {
 #if LUA_VERSION_NUM >= 503
-  lua_pushinteger(L, (lua_Integer)strtoll(text, NULL, 10));
+  lua_pushinteger(L, n);
 #else
-  long long n = strtoll(text, NULL, 10);
+  char digits[24];
+  snprintf(digits, sizeof digits, "%lld", (long long)n);
   if (n >= -9007199254740992LL && n <= 9007199254740992LL)
     lua_pushnumber(L, (lua_Number)n);
   else
-    lua_pushstring(L, text);
+    lua_pushstring(L, digits);
 #endif
 }
 
@@ -53,7 +54,7 @@ static void push_value(lua_State *L, const PGresult *result, int row, int column
   case INT4_OID:
   case INT8_OID:
   case OID_OID:
-    push_integer(L, text);
+    push_exact(L, strtoll(text, NULL, 10));
     break;
   default:
     lua_pushlstring(L, text, (size_t)PQgetlength(result, row, column));

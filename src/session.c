@@ -236,7 +236,11 @@ void session_lose(struct session *s, enum code code, const char *sqlstate, const
 void session_note_transaction(struct session *s) {
   PGTransactionStatusType status = PQtransactionStatus(s->pg);
   if (status == PQTRANS_ACTIVE || status == PQTRANS_UNKNOWN) return;
-  s->in_transaction = status != PQTRANS_IDLE;
+  if (status == PQTRANS_IDLE) {
+    transaction_ended(s);
+    return;
+  }
+  s->in_transaction = true;
   s->transaction_failed = status == PQTRANS_INERROR;
 }
 

@@ -60,7 +60,8 @@ local OPTIONS = {
     '"confirmed" or "deferred"' },
   allow_standby = { function(v) return type(v) == "boolean" end, "a boolean" },
   lease = { seconds, "seconds, more than 0" },
-  pooled = { function(v) return v == "session" end, '"session"' },
+  pooled = { function(v) return v == "session" or v == "transaction" end,
+    '"session" or "transaction"' },
   pool_size = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
     "an integer, at least 1" },
   scheduler = true, -- by scheduled.choose
@@ -218,6 +219,8 @@ end
 -- What a server refuses for good, another host would refuse as well.
 local function try_next_host(err) return err.sqlstate == nil or is_transient(err) end
 
+local NOBODY = 0 -- a backend_pid
+
 local function handshake(conn, options, time_left)
   local idle = "0"
   if options.lease then
@@ -226,12 +229,16 @@ local function handshake(conn, options, time_left)
     end
     idle = ("%.0f"):format(math.min(math.ceil(options.lease * 1000), LONGEST_LEASE))
   end
-  local row = scheduled.execute(conn, time_left, HANDSHAKE, conn.backend_pid, idle)[1]
-  if row.backend_pid ~= conn.backend_pid then
-    core.configure(conn, { pooled = true, backend_pid = row.backend_pid })
+  -- Of a session that others get, nothing is set.
+  local kept = options.pooled == "transaction" and NOBODY or conn.backend_pid
+  local row = scheduled.execute(conn, time_left, HANDSHAKE, kept, idle)[1]
+  if options.pooled == "transaction" then
+    core.configure(conn, { pooled = "transaction", lease = options.lease })
+  elseif row.backend_pid ~= conn.backend_pid then
+    core.configure(conn, { pooled = "session", backend_pid = row.backend_pid })
     if options.pooled ~= "session" then
       core.raise("pooled", "this is a connection pooler, which may give one session to several"
-        .. " clients; say pooled = \"session\" where it pools sessions only")
+        .. " clients; say pooled = \"session\" where it pools sessions only, or pooled = \"transaction\"")
     end
     local own = scheduled.execute(conn, time_left, HANDSHAKE, row.backend_pid, idle)[1]
     if own.backend_pid ~= row.backend_pid then
@@ -258,6 +265,7 @@ local function open(keywords, options, time_left)
   core.configure(conn, {
     reply_timeout = options.reply_timeout,
     deferred = options.release == "deferred" or scheduler and options.release == nil,
+    commits_deferred = options.release == "deferred",
   })
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
   if ok then

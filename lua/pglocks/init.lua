@@ -8,6 +8,8 @@ local core = require "pglocks.core"
 local opening = require "pglocks.connect"
 local pool = require "pglocks.pool"
 local scheduled = require "pglocks.scheduled"
+require "pglocks.patience"
+require "pglocks.modes"
 local run = require "pglocks.scope"
 
 core.own_source(debug.getinfo(1, "S").source)
@@ -91,8 +93,6 @@ end
 
 -- ---- transactions -----------------------------------------------------------------------
 
-local WITHIN_REPLY_TIMEOUT, WITHOUT_DEADLINE = nil, -1
-
 local Transaction = {}
 
 -- An error is in flight, and must not be masked. Where a scheduler waits, nothing does here.
@@ -104,15 +104,12 @@ function Transaction:__close()
 end
 
 local function begin(conn, fn, ...)
-  scheduled.execute(conn, WITHIN_REPLY_TIMEOUT, "BEGIN")
+  scheduled.begin(conn)
   return fn(conn, ...)
 end
 
 local function commit(transaction, ...)
-  local _, tag = scheduled.execute(transaction.conn, WITHOUT_DEADLINE, "COMMIT")
-  if tag ~= "COMMIT" then
-    core.raise("aborted_transaction", "a statement had failed: the transaction was rolled back")
-  end
+  scheduled.commit(transaction.conn)
   return ...
 end
 

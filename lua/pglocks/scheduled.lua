@@ -98,10 +98,27 @@ function scheduled.run(conn)
   return core.finish(conn)
 end
 
-for _, method in ipairs { "lock", "lock_all", "try_lock", "try_lock_all", "ping", "close" } do
+for _, method in ipairs { "ping", "close" } do
   local begin = core.start[method]
   core.scheduled.connection[method] = function(conn, ...)
     return pass(nil, call(conn, begin, conn, ...))
+  end
+end
+
+-- What patience.lua is for.
+local function is_patient(options)
+  return type(options) == "table" and (options.strategy ~= nil or options.slots ~= nil)
+end
+
+for _, method in ipairs { "lock", "lock_all", "try_lock", "try_lock_all" } do
+  local begin = core.start[method]
+  local check = method:find "_all$" and core.check_all or core.check
+  core.scheduled.connection[method] = function(conn, key, options)
+    if is_patient(options) then
+      check(key, options)
+      return pass(nil, scheduled.patiently(conn, method, key, options))
+    end
+    return pass(nil, call(conn, begin, conn, key, options))
   end
 end
 
@@ -144,15 +161,13 @@ function core.scheduled.lock.held(lock)
   return core.lock.held(lock)
 end
 
---- core.execute and core.attempt, for connections with and without a scheduler.
-function scheduled.execute(conn, ...)
-  if schedulers[conn] then return call(conn, core.start.execute, conn, ...) end
-  return core.execute(conn, ...)
-end
-
-function scheduled.attempt(conn, ...)
-  if schedulers[conn] then return pass(nil, call(conn, core.start.attempt, conn, ...)) end
-  return pass(nil, core.attempt(conn, ...))
+--- What core has under these names, for connections with and without a scheduler.
+for _, name in ipairs { "execute", "attempt", "begin", "commit", "listen", "hear" } do
+  local begin, blocking = core.start[name], core[name]
+  scheduled[name] = function(conn, ...)
+    if schedulers[conn] then return pass(nil, call(conn, begin, conn, ...)) end
+    return pass(nil, blocking(conn, ...))
+  end
 end
 
 -- ---- watching ---------------------------------------------------------------------------

@@ -79,6 +79,13 @@
 ---@class pglocks.options: pglocks.hashing
 ---@field shared? boolean  many may hold it at once, but none together with an exclusive holder
 ---@field timeout? number  seconds, at least 0; 0 tries once
+---@field scope? "session"|"transaction"  "transaction": the lock ends with the open transaction, or with one
+--- that it begins, which `release()` commits and any other end rolls back. Behind a pooler of transactions
+--- the default
+---@field token? boolean  draws a fencing token; session scope alone, and no open transaction
+---@field strategy? "queue"|"notify"|"poll"  how to wait: in the server's queue, the default; or by tries, with
+--- no snapshot held between them, on a notification or after a pause
+---@field slots? integer  1 to 1000: a semaphore, of which so many have a slot each; exclusive, session scope
 ---@field comment? string|boolean  an SQL comment that shows an administrator who locks what, and where
 
 --- Of the functions of `require "pglocks"`.
@@ -96,8 +103,9 @@
 ---@field key pglocks.key
 ---@field name? string
 ---@field mode "exclusive"|"shared"
----@field scope "session"
----@field count integer  locks of this connection on the key, in this mode
+---@field scope "session"|"transaction"
+---@field count integer  locks of this connection on the key, in this mode; of the transaction's scope, so
+--- many as were taken
 
 ---@alias pglocks.body fun(lock: pglocks.lock, ...: any): ...
 
@@ -117,7 +125,8 @@
 ---@field pool_size? integer  connections at most for module-level locks under a scheduler (10)
 ---@field lease? number  seconds of silence after which the server ends the session (PostgreSQL 14)
 ---@field allow_standby? boolean
----@field pooled? "session"  take a connection pooler's word that it pools sessions only
+---@field pooled? "session"|"transaction"  what a connection pooler in between pools. "transaction": locks
+--- are of the transaction's scope
 ---@field [string] string|number  libpq's keywords
 
 -- ---- schedulers -------------------------------------------------------------------------
@@ -239,7 +248,7 @@ function connection:try_with_lock_all(keys, options, fn, ...) end
 
 --- Calls `fn(conn, ...)` inside a transaction: COMMIT when it returns, ROLLBACK when it raises.
 --- Raises what `fn` raises, aborted_transaction where a statement had failed, and server where a
---- transaction is open already. Locks are of the session: they do not end with it.
+--- transaction is open already. Locks of the session's scope do not end with it.
 ---
 ---     conn:transaction(function(c) c:query("UPDATE account SET paid = true WHERE id = $1", 42) end)
 ---@param fn fun(conn: pglocks.connection, ...: any): ...
@@ -299,16 +308,22 @@ function connection:close() end
 ---@field key? pglocks.key  nil for one of `lock_all`
 ---@field keys pglocks.key[]  in the order in which they were locked; one for one of `lock`
 ---@field name? string  where the key was made from one
+---@field scope "session"|"transaction"
+---@field slot? integer  of a semaphore, from 1
+---@field token? integer|string  with the option `token`: greater than that of every hold of the key before
+--- it; past 2^53 LuaJIT has it as a string of digits
 ---@field waited? number  seconds
 local lock = {}
 
 --- Lets go. With `release = "deferred"`, the default with a scheduler, true means that the request
---- was sent.
---- Raises lost, not_held if the server no longer knew the lock, unknown, busy_connection, forked.
+--- was sent. Of the transaction's scope the lock that began the transaction commits it, and waits for the
+--- answer unless `release = "deferred"` was asked for; any other is held until it ends.
+--- Raises lost, not_held if the server no longer knew the lock, unknown, busy_connection, forked; and of a
+--- COMMIT aborted_transaction, server.
 ---
 ---     lock:release()
 ---@return true|nil  nil: it was not held
----@return nil|"not held"
+---@return nil|"not held"|"held until the transaction ends"
 function lock:release() end
 
 --- False once it is known that the lock is no longer held. Without a round trip: a loss that has
@@ -327,13 +342,32 @@ function lock:held() end
 ---@return true
 function lock:check(timeout) end
 
+--- From shared to exclusive, if no other holder is there, or goes within `timeout` seconds. Two who hold it
+--- shared and wait for each other would wait for ever: so it is a millisecond by default.
+--- Raises what `lock` raises; it is still shared then.
+---
+---     if not lock:upgrade() then return "somebody reads" end
+---@param options? { timeout: number }
+---@return true|nil  nil: it is still shared
+---@return nil|"busy"
+function lock:upgrade(options) end
+
+--- From exclusive to shared, without letting go in between. Raises what `lock` raises, and server for a lock
+--- of the transaction's scope.
+---
+---     lock:downgrade()
+---@return true
+function lock:downgrade() end
+
 -- ---- pglocks.core -----------------------------------------------------------------------
 
 ---@class pglocks.configured
 ---@field reply_timeout? number  seconds
 ---@field deferred? boolean  releases are sent, and their answers read later
 ---@field scheduled? boolean  the methods are those of `core.scheduled`; the end of a scope only sends
----@field pooled? boolean
+---@field commits_deferred? boolean  the COMMIT of a lock's transaction, too
+---@field lease? number  seconds, for the transactions that locks begin behind a pooler
+---@field pooled? "session"|"transaction"
 ---@field backend_pid? integer  of the server process behind a pooler
 ---@field on_lost? pglocks.on_lost
 ---@field on_free? fun(conn: pglocks.connection)  called when a lock has been let go
@@ -444,6 +478,75 @@ function core.is_idle(conn) end
 ---@param conn pglocks.connection
 function core.rollback(conn) end
 
+--- Begins a transaction; raises what `query` raises.
+---@param conn pglocks.connection
+---@return true
+function core.begin(conn) end
+
+--- Commits. Raises aborted_transaction where a statement had failed: it was rolled back then; and unknown
+--- where the session was lost meanwhile.
+---@param conn pglocks.connection
+---@return true
+function core.commit(conn) end
+
+--- What stands between a connection and its server.
+---@param conn pglocks.connection
+---@return nil|"session"|"transaction"
+function core.pooling(conn) end
+
+--- Does the connection hold a key in session scope, in any mode?
+---@param conn pglocks.connection
+---@param key pglocks.key
+---@return boolean
+function core.holds(conn, key) end
+
+--- What acquires with the options `slots` and `strategy`: `fn(conn, method, key, options)`.
+---@param fn function
+function core.patiently(fn) end
+
+--- Lets a lock go as its collection would: only sends.
+---@param lock pglocks.lock
+function core.let_go(lock) end
+
+--- Two locks of one connection on the same keys give each other what they hold, and their modes.
+---@param lock pglocks.lock
+---@param other pglocks.lock
+---@return boolean  false: one of them is not held, and nothing was done
+function core.exchange(lock, other) end
+
+--- Sets fields of a lock, and how its end is announced: with the marker of another key, however soon it
+--- comes; false: not at all.
+---@param lock pglocks.lock
+---@param notes { waited?: number, slot?: integer, announces?: pglocks.key|false }
+function core.annotate(lock, notes) end
+
+--- What those hold, shared, who wait for a key with strategy = "notify". Its number names their channel.
+---@param key pglocks.key
+---@return pglocks.key
+function core.marker(key) end
+
+--- Has the end of a lock heard from now on.
+---@param conn pglocks.connection
+---@param marker pglocks.key
+function core.listen(conn, marker) end
+
+--- No longer. Without waiting.
+---@param conn pglocks.connection
+---@param marker pglocks.key
+function core.unlisten(conn, marker) end
+
+--- Waits until a notification comes, or the seconds are over.
+---@param conn pglocks.connection
+---@param seconds number
+---@return boolean  one has come since the last call
+function core.hear(conn, seconds) end
+
+--- A key as messages show it.
+---@param given pglocks.locked
+---@param key pglocks.key
+---@return string
+function core.describe(given, key) end
+
 --- The connection that a lock was taken on.
 ---@param lock pglocks.lock
 ---@return pglocks.connection
@@ -546,28 +649,47 @@ function start.connect(keywords, seconds, pumped) end
 function start.close(conn) end
 
 ---@param conn pglocks.connection
+function start.begin(conn) end
+
+---@param conn pglocks.connection
+function start.commit(conn) end
+
+---@param conn pglocks.connection
+---@param marker pglocks.key
+function start.listen(conn, marker) end
+
+---@param conn pglocks.connection
+---@param seconds number
+function start.hear(conn, seconds) end
+
+---@param conn pglocks.connection
 ---@param key pglocks.locked
 ---@param options? pglocks.options
+---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.lock(conn, key, options) end
 
 ---@param conn pglocks.connection
 ---@param key pglocks.locked
 ---@param options? pglocks.options
+---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.try_lock(conn, key, options) end
 
 ---@param conn pglocks.connection
 ---@param keys pglocks.locked[]
 ---@param options? pglocks.options
+---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.lock_all(conn, keys, options) end
 
 ---@param conn pglocks.connection
 ---@param keys pglocks.locked[]
 ---@param options? pglocks.options
+---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.try_lock_all(conn, keys, options) end
 
 ---@param conn pglocks.connection
 ---@param key pglocks.locked
 ---@param options? pglocks.options
+---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.attempt(conn, key, options) end
 
 ---@param lock pglocks.lock

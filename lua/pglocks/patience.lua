@@ -1,0 +1,267 @@
+-- patience.lua: waiting that is not in the server's queue: the options `strategy` and `slots`. All that
+-- it asks of a connection are tries, and to hear of notifications between them.
+
+local core = require "pglocks.core"
+local run = require "pglocks.scope"
+local scheduled = require "pglocks.scheduled"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+-- Seconds between two tries: at first, and at most. The first are as short as the holds that nobody
+-- announces; see src/pglocks.h.
+local FIRST_PAUSE = 0.001
+local LONGEST_PAUSE = { poll = 0.25, notify = 0.5 }
+
+local TRIES = { lock = "try_lock", try_lock = "try_lock", lock_all = "try_lock_all", try_lock_all = "try_lock_all" }
+
+-- A copy of options without those that are for us.
+local function without(options, ...)
+  local rest = {}
+  for name, value in pairs(options) do rest[name] = value end
+  for _, name in ipairs { ... } do rest[name] = nil end
+  return rest
+end
+
+local function fail(code, message, key)
+  local _, err = pcall(core.raise, code, message)
+  err.key = key
+  error(err, 0)
+end
+
+-- ---- a wait -----------------------------------------------------------------------------
+
+-- Its deadline, its pauses, and what it listens to. To be closed.
+local Wait = {}
+Wait.__index = Wait
+
+local function new_wait(conn, strategy, timeout)
+  return setmetatable({
+    conn = conn,
+    began = core.now(),
+    deadline = timeout and core.now() + timeout or math.huge,
+    pause = FIRST_PAUSE,
+    longest = LONGEST_PAUSE[strategy] or LONGEST_PAUSE.notify,
+    markers = {}, -- by key: true, or a lock
+  }, Wait)
+end
+
+function Wait:__close()
+  for marker, mark in pairs(self.markers) do
+    core.unlisten(self.conn, marker)
+    if mark ~= true then core.let_go(mark) end
+  end
+  self.markers = {}
+end
+
+function Wait:left() return self.deadline - core.now() end
+
+-- From now on the end of a lock on `key` is heard. Inside a transaction, and behind a pooler of
+-- transactions, nothing can be.
+function Wait:listen(key)
+  if core.in_transaction(self.conn) or core.pooling(self.conn) == "transaction" then return end
+  local marker = core.marker(key)
+  self.markers[marker] = true
+  scheduled.listen(self.conn, marker)
+end
+
+-- The markers are tried again and again: somebody may be looking at one in this instant.
+function Wait:mark()
+  for marker, mark in pairs(self.markers) do
+    if mark == true then
+      mark = self.conn:try_lock(marker, { shared = true })
+      if mark then
+        core.annotate(mark, { announces = false })
+        self.markers[marker] = mark
+      end
+    end
+  end
+end
+
+-- Not all at the same times; the program's random numbers are its own.
+function Wait:hear()
+  local jitter = 0.5 + core.now() * 1e5 % 1
+  scheduled.hear(self.conn, math.max(0, math.min(self.pause * jitter, self:left())))
+  self.pause = math.min(self.pause * 2, self.longest)
+end
+
+-- What try(wait) returns, as soon as that is something; nil when the time is over.
+local function until_got(wait, try)
+  while true do
+    wait:mark()
+    local got = try(wait)
+    if got then return got end
+    if wait:left() <= 0 then return nil end
+    wait:hear()
+  end
+end
+
+local function close(wait, got)
+  wait:__close()
+  if got then core.annotate(got, { waited = core.now() - wait.began }) end
+  return got
+end
+
+-- What `try` returns: before there is anything to listen for, or later, or nil when the time is over.
+local function strive(wait, try, listened)
+  local got = try(wait)
+  if got then return got end
+  for _, key in ipairs(listened) do wait:listen(key) end
+  return until_got(wait, try)
+end
+
+-- ---- strategies -------------------------------------------------------------------------
+
+local MOST_LISTENED = 32 -- as many locks of one `lock_all` are announced
+
+local function keys_of(method, key, options)
+  local hashing = { hash = options.hash, namespace = options.namespace }
+  if TRIES[method] == "try_lock" then return { core.key(key, hashing) } end
+  local keys = {}
+  for i = 1, math.min(#key, MOST_LISTENED) do keys[i] = core.key(key[i], hashing) end
+  return keys
+end
+
+local function by_strategy(conn, method, key, options)
+  local rest, name = without(options, "strategy", "timeout"), TRIES[method]
+  local function try() return (conn[name](conn, key, rest)) end
+  local listened = options.strategy == "notify" and keys_of(method, key, options) or {}
+  local wait = new_wait(conn, options.strategy, options.timeout)
+  return run(wait, close, strive, wait, try, listened)
+end
+
+-- ---- semaphores -------------------------------------------------------------------------
+
+-- Of a semaphore the slots are locks, and one more is its turnstile. Who waits has that exclusively,
+-- and is the only one who may take a slot; so all others who wait queue for the turnstile, and come in
+-- their order. Who finds nobody waiting has it shared for as long as it takes to take a slot.
+
+-- Of the slots' keys: which are free?
+local FREE_SLOTS = [[
+SELECT k.slot FROM pg_catalog.unnest($1::pg_catalog.int8[]) WITH ORDINALITY k(key, slot)
+WHERE NOT EXISTS (SELECT 1 FROM pg_catalog.pg_locks l WHERE l.locktype OPERATOR(pg_catalog.=) 'advisory'
+  AND l.database OPERATOR(pg_catalog.=) (SELECT d.oid FROM pg_catalog.pg_database d
+    WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
+  AND l.objsubid OPERATOR(pg_catalog.=) 1 AND l.granted
+  AND (l.classid::pg_catalog.int8 OPERATOR(pg_catalog.<<) 32) OPERATOR(pg_catalog.|) l.objid::pg_catalog.int8
+    OPERATOR(pg_catalog.=) k.key)]]
+
+local Semaphore = {}
+Semaphore.__index = Semaphore
+
+local function semaphore(key, options)
+  local base = core.key(key, { hash = options.hash, namespace = options.namespace })
+  local slots = {} -- their names
+  for i = 1, options.slots do slots[i] = ("%d of %s"):format(i, base) end
+  return setmetatable({ base = base, marker = core.marker(base), slots = slots, turn = tostring(base) },
+    Semaphore)
+end
+
+function Semaphore:key(slot)
+  return core.key(self.slots[slot], { hash = "sha256", namespace = "pglocks slot" })
+end
+
+function Semaphore:is_all_ours(conn)
+  for slot = 1, #self.slots do
+    if not core.holds(conn, self:key(slot)) then return false end
+  end
+  return true
+end
+
+-- Not one that the connection has already: each lock is a holder of its own.
+local function take(conn, self, slot, options)
+  if core.holds(conn, self:key(slot)) then return nil end
+  local lock = conn:try_lock(self.slots[slot], {
+    hash = "sha256", namespace = "pglocks slot", comment = options.comment, token = options.token,
+  })
+  if lock then core.annotate(lock, { slot = slot, announces = self.marker }) end
+  return lock
+end
+
+local function free_slots(conn, self)
+  local keys = {}
+  for slot = 1, #self.slots do keys[slot] = tostring(self:key(slot)) end
+  return scheduled.execute(conn, nil, FREE_SLOTS, "{" .. table.concat(keys, ",") .. "}")
+end
+
+-- Any that is free: mostly the one that is tried first.
+local function take_any(conn, self, options)
+  local first = 1 + math.floor(core.now() * 1e6) % #self.slots
+  local lock = take(conn, self, first, options)
+  for _, row in ipairs(lock and {} or free_slots(conn, self)) do
+    lock = lock or take(conn, self, row.slot, options)
+  end
+  return lock
+end
+
+local Turn = {}
+
+function Turn:__close()
+  if self.lock then core.let_go(self.lock) end
+  self.lock = nil
+end
+
+local function leave(turn, lock)
+  Turn.__close(turn)
+  return lock
+end
+
+local function turn_of(lock)
+  if lock then core.annotate(lock, { announces = false }) end
+  return setmetatable({ lock = lock }, Turn)
+end
+
+local function slot_at_once(conn, self, options)
+  local lock = conn:try_lock(self.turn, { hash = "sha256", namespace = "pglocks turn", shared = true })
+  if not lock then return nil end -- others wait
+  return run(turn_of(lock), leave, take_any, conn, self, options)
+end
+
+local function slot_in_turn(wait, self, options)
+  local conn = wait.conn
+  local timeout = wait.deadline < math.huge and math.max(0.001, wait:left()) or nil
+  local name = timeout and "try_lock" or "lock"
+  local lock = conn[name](conn, self.turn, {
+    hash = "sha256", namespace = "pglocks turn", strategy = options.strategy, timeout = timeout,
+  })
+  if not lock then return nil end
+  local function try() return take_any(conn, self, options) end
+  local listened = options.strategy == "poll" and {} or { self.base }
+  return run(turn_of(lock), leave, strive, wait, try, listened)
+end
+
+local function by_slots(conn, method, key, options)
+  local self = semaphore(key, options)
+  local began = core.now()
+  local lock = slot_at_once(conn, self, options)
+  local waits = options.timeout ~= 0 and (method == "lock" or options.timeout)
+  if lock or not waits then return lock end
+  if self:is_all_ours(conn) then
+    fail("deadlock", "this connection has all of the slots itself, and would wait for ever", self.base)
+  end
+  local left = options.timeout and math.max(0.001, options.timeout - (core.now() - began))
+  local wait = new_wait(conn, options.strategy, left)
+  return run(wait, close, slot_in_turn, wait, self, options)
+end
+
+-- ---- both -------------------------------------------------------------------------------
+
+local METHODS = { lock = true, lock_all = true } -- that raise on a timeout
+
+--- What `conn[method](conn, key, options)` returns, where the options say that it is for us.
+local function patiently(conn, method, key, options)
+  local timeout = options.timeout
+  local tries = timeout == 0 or not METHODS[method] and not timeout
+  if not options.slots and (tries or options.strategy == "queue" or not options.strategy) then
+    return conn[method](conn, key, without(options, "strategy"))
+  end
+  local lock = (options.slots and by_slots or by_strategy)(conn, method, key, options)
+  if lock then return lock end
+  if not METHODS[method] then return nil, tries and "busy" or "timeout" end
+  local message = tries and "no lock on %s: somebody holds it" or "no lock on %s within %.7g s"
+  if method == "lock_all" then fail("timeout", message:format(#key .. " keys", timeout)) end
+  local locked = keys_of(method, key, options)[1]
+  fail("timeout", message:format(core.describe(key, locked), timeout), locked)
+end
+
+core.patiently(patiently)
+scheduled.patiently = patiently
