@@ -171,7 +171,8 @@ end
 local function take(conn, self, slot, options)
   if core.holds(conn, self:key(slot)) then return nil end
   local lock = conn:try_lock(self.slots[slot], {
-    hash = "sha256", namespace = "pglocks slot", comment = options.comment, token = options.token,
+    hash = "sha256", namespace = "pglocks slot", scope = "session",
+    comment = options.comment, token = options.token,
   })
   if lock then core.annotate(lock, { slot = slot, announces = self.marker }) end
   return lock
@@ -211,7 +212,9 @@ local function turn_of(lock)
 end
 
 local function slot_at_once(conn, self, options)
-  local lock = conn:try_lock(self.turn, { hash = "sha256", namespace = "pglocks turn", shared = true })
+  local lock = conn:try_lock(self.turn, {
+    hash = "sha256", namespace = "pglocks turn", scope = "session", shared = true,
+  })
   if not lock then return nil end -- others wait
   return run(turn_of(lock), leave, take_any, conn, self, options)
 end
@@ -221,7 +224,8 @@ local function slot_in_turn(wait, self, options)
   local timeout = wait.deadline < math.huge and math.max(0.001, wait:left()) or nil
   local name = timeout and "try_lock" or "lock"
   local lock = conn[name](conn, self.turn, {
-    hash = "sha256", namespace = "pglocks turn", strategy = options.strategy, timeout = timeout,
+    hash = "sha256", namespace = "pglocks turn", scope = "session",
+    strategy = options.strategy, timeout = timeout,
   })
   if not lock then return nil end
   local function try() return take_any(conn, self, options) end
