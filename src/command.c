@@ -229,8 +229,9 @@ static bool send_before_joining(struct session *s) {
 
 /* A statement's portal lives, with its snapshot, until the next takes its place: so something has to, be
  * it nothing at all. */
-static bool send_after_joining(struct session *s, bool keeps) {
-  return keeps || send_sql(s, s->in_transaction ? RELEASE_SAVED : "");
+static bool send_after_joining(struct session *s, bool keeps, const char *comment) {
+  if (!s->in_transaction) return send_sql(s, comment != NULL ? comment : "");
+  return keeps || send_sql(s, RELEASE_SAVED);
 }
 
 static char *put_uint32(char *to, uint32_t n) {
@@ -378,7 +379,8 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
   written = (comment != NULL || prepare(s, c, id, &p)) &&
             (joins ? send_before_joining(s) : send_before(s)) &&
             send_statement(s, id, comment, &p) &&
-            (joins ? send_after_joining(s, many && verb == VERB_XACT_TRY) : send_after(s));
+            (joins ? send_after_joining(s, many && verb == VERB_XACT_TRY, comment)
+                   : send_after(s));
   command_end(s, c, written);
 }
 
