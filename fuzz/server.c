@@ -192,12 +192,15 @@ static void note_asked(const struct statement *s) {
 }
 
 static void ask_prepared(const char *name, const char *const *values, const int *lengths) {
-  struct statement *s = ask(strstr(name, "unlock") != NULL ? UNLOCK
-                            : strstr(name, "try") != NULL  ? TRY_LOCK
-                                                           : LOCK);
+  bool announces = strcmp(name, "pglocks_announce") == 0; /* nobody of the program listens */
+  struct statement *s = ask(announces                      ? SELECT
+                            : strstr(name, "unlock") != NULL ? UNLOCK
+                            : strstr(name, "try") != NULL    ? TRY_LOCK
+                                                             : LOCK);
   trace("  command %d asks: %s", asked, name);
   snprintf(s->name, sizeof s->name, "%s", name);
   s->executes_prepared = true;
+  if (announces) return;
   s->array = strstr(name, "_all") != NULL;
   read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL);
   note_asked(s);
