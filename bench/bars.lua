@@ -37,13 +37,15 @@ function parts.pairs(bar, found)
       bar(("%s to %s"):format(confirmed, peer[1]), AT_LEAST, peer[2], ratio(found.same, confirmed, peer[1]),
         "not installed")
     end
+    local transaction = runtime .. " transaction_deferred"
+    bar(transaction .. " to C transaction", AT_LEAST, 1.4, ratio(found.same, transaction, "C transaction"))
+    bar(transaction .. " to C transaction, two CPUs", AT_LEAST, 2.7,
+      ratio(found.cross, transaction, "C transaction"))
     for _, limit in ipairs { { confirmed, 6 }, { deferred, 5 } } do
       local counted = found.counts[limit[1]]
       bar(limit[1] .. ", system calls", AT_MOST, limit[2], counted and counted.strace and counted.strace.total)
     end
   end
-  bar("transaction scope to BEGIN, lock, COMMIT", AT_LEAST, 1.4, nil, "pglocks has none yet")
-  bar("transaction scope to BEGIN, lock, COMMIT, two CPUs", AT_LEAST, 2.7, nil, "pglocks has none yet")
 end
 
 function parts.network(bar, found)

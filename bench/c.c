@@ -110,6 +110,18 @@ static void pair_text(void) {
   text("SELECT pg_advisory_unlock(4242)");
 }
 
+static void command(const char *sql) {
+  PGresult *result = PQexec(pg, sql);
+  check(result, PGRES_COMMAND_OK);
+  PQclear(result);
+}
+
+static void pair_transaction(void) {
+  command("BEGIN");
+  text("SELECT pg_advisory_xact_lock(4242)");
+  command("COMMIT");
+}
+
 static void pair_binary(void) {
   binary("lock", KEY);
   binary("unlock", KEY);
@@ -186,6 +198,7 @@ static const struct variant {
   void (*prepare)(void), (*pair)(void), (*finish)(void);
 } variants[] = {
     {"text", nothing, pair_text, nothing},
+    {"transaction", nothing, pair_transaction, nothing},
     {"binary", prepare_lock, pair_binary, nothing},
     {"pipeline", begin_pipeline, pair_pipeline, nothing},
     {"deferred", begin_pipeline, pair_deferred, collect},

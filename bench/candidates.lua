@@ -23,9 +23,10 @@ end
 
 candidates.runtimes = { "Lua 5.4", "LuaJIT" }
 
-local VARIANTS = { "confirmed", "with_lock", "try_lock", "shared", "name", "timeout", "deferred" }
+local VARIANTS = { "confirmed", "with_lock", "try_lock", "shared", "name", "timeout", "deferred", "transaction",
+  "transaction_deferred" }
 
-candidates.pairs = candidates.all("C text", "C binary", "C pipeline", "C deferred")
+candidates.pairs = candidates.all("C text", "C binary", "C pipeline", "C deferred", "C transaction")
 for _, runtime in ipairs(candidates.runtimes) do
   for _, variant in ipairs(VARIANTS) do
     table.insert(candidates.pairs, candidates.of(runtime .. " " .. variant))

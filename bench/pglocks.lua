@@ -14,7 +14,7 @@ size = tonumber(size)
 
 local conn = pglocks.connect {
   conninfo = conninfo,
-  release = variant == "deferred" and "deferred" or "confirmed",
+  release = variant:find "deferred" and "deferred" or "confirmed",
 }
 
 -- A scope as the runtime has it, with a new lock object each time. LuaJIT cannot parse <close>.
@@ -37,6 +37,16 @@ function variants.name() return scope 'lock "invoice 42"' end
 
 function variants.deferred()
   return scope "lock(4242)", function() conn:ping() end -- its answer comes after those of the releases
+end
+
+-- A scope that ends without release() would roll back.
+function variants.transaction()
+  local options = { scope = "transaction" }
+  return function() conn:lock(KEY, options):release() end
+end
+
+function variants.transaction_deferred()
+  return variants.transaction(), function() conn:ping() end
 end
 
 function variants.with_lock()
