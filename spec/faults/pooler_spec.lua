@@ -5,63 +5,15 @@ local cqueues = require "cqueues"
 
 local phases = require "spec.faults.phases"
 local pglocks = require "pglocks"
-local server = require "spec.faults.server"
+local pooler = require "spec.faults.pooler"
 local support = require "spec.support"
 
 local assert_code, wait_until = support.assert_code, support.wait_until
 
-local PROGRAM = "/usr/sbin/pgbouncer" -- Debian keeps it out of PATH
-local PORT = 6432 -- the name of a socket in its folder, and nothing else
-
--- One database for each mode. A second server connection is opened only while the first is taken.
-local CONF = [[
-[databases]
-session = %s pool_mode=session pool_size=5
-transaction = %s pool_mode=transaction pool_size=2
-statement = %s pool_mode=statement pool_size=2
-[pgbouncer]
-unix_socket_dir = %s
-listen_port = %d
-auth_type = any
-logfile = %s/log
-]]
-
-local missing = server.cannot_make
-  or not io.open(PROGRAM) and "pgbouncer is not installed"
+local start, stop, conninfo = pooler.start, pooler.stop, pooler.conninfo
 
 local function it_with_pooler(name, fn)
-  it(name, missing and function() pending(missing) end or fn)
-end
-
-local pooler
-
-local function start()
-  if missing then return end
-  local folder = server.folder()
-  local to = support.conninfo
-  local file = assert(io.open(folder .. "/conf", "w"))
-  file:write(CONF:format(to, to, to, folder, PORT, folder))
-  file:close()
-  local pid = server.shell("sh -c '%s -q %s/conf >%s/said 2>&1 & echo $!'", PROGRAM, folder, folder)
-  pooler = { folder = folder, pid = tonumber(pid) }
-  wait_until("pgbouncer", function()
-    return support.shell(("test -S %s/.s.PGSQL.%d && echo yes"):format(folder, PORT)) == "yes\n"
-  end)
-end
-
--- Its server connections go with it, and what is locked in them.
-local function stop()
-  if not pooler then return end
-  support.signal("TERM", pooler.pid)
-  wait_until("pgbouncer's end", function()
-    return support.shell(("kill -0 %d || echo gone"):format(pooler.pid)):find "gone"
-  end)
-  support.shell("rm -rf " .. pooler.folder)
-  pooler = nil
-end
-
-local function conninfo(mode)
-  return ("host=%s port=%d dbname=%s user=any"):format(pooler.folder, PORT, mode)
+  it(name, pooler.missing and function() pending(pooler.missing) end or fn)
 end
 
 --- A connection that takes the word of whoever says that sessions are pooled.
@@ -79,7 +31,7 @@ local function connect_without_a_look(mode)
 end
 
 describe("a pooler", function()
-  before_each(start)
+  before_each(function() start() end)
   after_each(function()
     pglocks.setup {}
     stop()
@@ -109,7 +61,7 @@ describe("a pooler", function()
 end)
 
 describe("a pooler of sessions, said to be one,", function()
-  before_each(start)
+  before_each(function() start() end)
   after_each(function()
     support.finish() -- before it stops: releases must have reached the server
     stop()
@@ -216,7 +168,7 @@ describe("a pooler of sessions, said to be one,", function()
 end)
 
 describe("a pooler of transactions, said to pool sessions,", function()
-  before_each(start)
+  before_each(function() start() end)
   after_each(function()
     stop()
     support.finish()
