@@ -35,6 +35,7 @@ build = {
     ["pglocks.connect"] = "lua/pglocks/connect.lua",
     ["pglocks.modes"] = "lua/pglocks/modes.lua",
     ["pglocks.patience"] = "lua/pglocks/patience.lua",
+    ["pglocks.lead"] = "lua/pglocks/lead.lua",
     ["pglocks.pool"] = "lua/pglocks/pool.lua",
     ["pglocks.scheduled"] = "lua/pglocks/scheduled.lua",
     ["pglocks.scheduler.cqueues"] = "lua/pglocks/scheduler/cqueues.lua",

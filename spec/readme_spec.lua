@@ -187,6 +187,19 @@ describe("README.md", function()
     end
   end)
 
+  it("has every option of a leader, and every member of a term", function()
+    local source = read "lua/pglocks/lead.lua"
+    local options, found = assert(source:match "\nlocal OPTIONS = {\n(.-)\n}\n"), 0
+    for option in ("\n" .. options):gmatch "\n  ([%w_]+) = " do
+      found = found + 1
+      assert.is_truthy(README:find("\n| `" .. option .. "` |", 1, true), option)
+    end
+    assert.is_true(found > 5)
+    for method in source:gmatch "\nfunction Term:(%l[%w_]*)" do
+      assert.is_truthy(README:find("\n| `term:" .. method .. "(", 1, true), method)
+    end
+  end)
+
   it("has every function of a scheduler, and no other", function()
     local known, listed = { "spawn" }, {}
     local functions = assert(read "lua/pglocks/scheduled.lua":match "\nlocal FUNCTIONS = { (.-) }\n")

@@ -144,13 +144,8 @@ end
 local databases = {} -- by name: { keywords, options }
 local owners = {} -- by name: a connection that all callers share, or a pool
 
--- The owner of a module-level lock. In a plain program that is one connection for each name,
--- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
--- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
--- anything is opened for them. Nil: the lock's own timeout was too short to connect.
-local function owner(name, check, key, options)
-  local found = owners[name]
-  if found and found:alive() then return found end
+-- Keywords and options of what setup has named.
+local function database(name)
   local described = databases[name]
   if not described and name == "default" then
     described = { opening.describe(nil, default_scheduler) }
@@ -158,8 +153,18 @@ local function owner(name, check, key, options)
   if not described then
     core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
   end
+  return described[1], described[2]
+end
+
+-- The owner of a module-level lock. In a plain program that is one connection for each name,
+-- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
+-- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
+-- anything is opened for them. Nil: the lock's own timeout was too short to connect.
+local function owner(name, check, key, options)
+  local found = owners[name]
+  if found and found:alive() then return found end
+  local keywords, own = database(name)
   check(key, options)
-  local keywords, own = described[1], described[2]
   if own.scheduler then
     found = pool.new(keywords, own, own.scheduler)
   else
@@ -399,6 +404,32 @@ function pglocks.advisory_lock(lock_id, options)
   local found, own = choose(core.check, lock_id, rest)
   if found.attempt then return through(found:attempt(lock_id, own)) end
   return through(core.attempt(found, lock_id, own))
+end
+
+-- ---- a leader ---------------------------------------------------------------------------
+
+-- Keywords and options of a description; without one, of the database of that name.
+local function find(description, name)
+  if description == nil then return database(name) end
+  local keywords, options = opening.describe(description, default_scheduler)
+  if not keywords then core.raise_argument(2, "option 'database': " .. options) end
+  if options.pool_size then core.raise_argument(2, "option 'database': option 'pool_size' is one of setup's") end
+  return keywords, options
+end
+
+--- Calls `fn(term, ...)` in one process of all that call it with this key, and in another one when
+--- that has died. A term that is lost ends with the function, and this process stands again, as it
+--- does after a failure that may pass. Raises what `fn` and the callbacks raise, and what only a
+--- person can mend.
+---
+---     pglocks.lead("scheduler", function(term) repeat work() until not term:sleep(60) end)
+---@param key pglocks.locked
+---@param ... any [options,] fn, and what to call it with; see pglocks.leading
+---@return any ... what fn returned as the leader; or nil and "stopped"
+function pglocks.lead(key, ...)
+  local options, fn, count = body(...)
+  local lead = require "pglocks.lead"
+  return through(lead(pglocks.connect, find, key, options, fn, select(count + 1, ...)))
 end
 
 return pglocks

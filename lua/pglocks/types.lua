@@ -95,6 +95,17 @@
 ---@class pglocks.advisory_options: pglocks.program_options
 ---@field wait? boolean  false: try once, and return a lock object in any case
 
+--- Of `lead`.
+---@class pglocks.leading: pglocks.options
+---@field database? string|pglocks.description  what `connect` takes
+---@field using? string  instead: name of a database given to `setup`; "default" without either
+---@field interval? number  seconds from one try to the next, at most (1)
+---@field timeout? number  seconds that one try waits in the server's queue; without it not at all
+---@field on_elected? fun(term: pglocks.term)  called before the function
+---@field on_lost? fun(term: pglocks.term, err: pglocks.error)  called once when a term turns out to be lost
+---@field on_retry? fun(err: pglocks.error, seconds: number)  called before the pause after a failure
+---@field stop? fun(): boolean?  true: no other term is begun, and the one that goes on has to end
+
 ---@class pglocks.settings: pglocks.hashing
 ---@field databases? table<string, string|pglocks.description>
 ---@field scheduler? pglocks.waits  of every connection that does not name its own
