@@ -197,6 +197,17 @@ describe("a leader", function()
     child.close()
   end)
 
+  it("queues again at once when a try has timed out", function()
+    local held, looks = support.connect():lock "x", 0
+    local function stop()
+      looks = looks + 1
+      return looks > 4
+    end
+    assert.is_true(support.timed(pglocks.lead, "x", options { interval = 60, timeout = 0.01, stop = stop }, error)
+      < 5 * support.slow)
+    held:release()
+  end)
+
   it("calls the description's own on_lost, too", function()
     local told = {}
     pglocks.setup { databases = { default = database {
@@ -256,6 +267,13 @@ describe("a leader", function()
       return "lost"
     end) })
     assert.equal(1, number)
+  end)
+
+  it("is woken from its sleep when it is stopped", function()
+    local began = core.now()
+    local seconds = support.timed(pglocks.lead, "x", options { stop = function() return core.now() > began + 0.2 end },
+      function(term) assert.is_false(term:sleep(60)) end)
+    assert.is_true(seconds < 2 * support.slow, seconds)
   end)
 
   it("is ended by Ctrl-C, as every program", function()
