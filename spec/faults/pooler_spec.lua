@@ -274,3 +274,183 @@ describe("a pooler of transactions, said to pool sessions,", function()
     end)
   end
 end)
+
+describe("a pooler of transactions, said to be one,", function()
+  local SETTINGS = { "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout",
+    "client_connection_check_interval", "tcp_keepalives_idle" }
+  local observe, pg_locks = support.observe, support.pg_locks
+
+  -- Time-outs of the role that would end any holder, or waiter.
+  local function set_hostile(value)
+    for _, name in ipairs { "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout" } do
+      observe(("ALTER ROLE CURRENT_USER %s"):format(value and ("SET %s = '%s'"):format(name, value)
+        or "RESET " .. name))
+    end
+  end
+
+  local function connect_to(options)
+    options = options or {}
+    options.conninfo, options.pooled = conninfo "transaction", "transaction"
+    return support.connect(options)
+  end
+
+  before_each(function() start() end)
+  after_each(function()
+    if not pooler.missing then set_hostile(nil) end
+    pglocks.setup {}
+    support.finish()
+    stop()
+  end)
+
+  -- Of every server's session that it has.
+  local function assert_untouched()
+    local first, second = connect_to(), connect_to()
+    first:query "BEGIN" -- takes one of both
+    local pids = {}
+    for i, conn in ipairs { first, second } do
+      pids[i] = conn:query("SELECT pg_backend_pid() AS pid")[1].pid
+      assert.equal(0, conn:query("SELECT count(*) AS n FROM pg_prepared_statements")[1].n)
+      assert.equal(0, conn:query("SELECT count(*) AS n FROM pg_settings WHERE source = 'session'"
+        .. " AND name NOT IN ('application_name', 'client_encoding', 'DateStyle', 'TimeZone')")[1].n)
+      assert.equal(0, conn:query("SELECT count(*) AS n FROM pg_listening_channels() c")[1].n)
+      assert.same({}, pg_locks(pids[i]))
+    end
+    assert.not_equal(pids[1], pids[2])
+    first:query "COMMIT"
+  end
+
+  it_with_pooler("gives locks of transactions, that exclude others there and elsewhere", function()
+    local conn, beside, direct = connect_to(), connect_to(), support.connect()
+    assert.is_true(conn.is_pooled)
+    local lock = conn:lock "x"
+    assert.equal("transaction", lock.scope)
+    assert.is_true(lock:check())
+    assert.equal(1, #pg_locks())
+    for _, other in ipairs { beside, direct } do
+      assert.same({ nil, "busy" }, { other:try_lock "x" })
+      assert.same({ nil, "timeout" }, { other:try_lock("x", { timeout = 0.05 }) })
+      assert_code("timeout", other.lock_all, other, { 42, "x" }, { timeout = 0.05 })
+      assert.same({ nil, "busy" }, { other:try_lock_all { 42, "x" } })
+      assert.same({ nil, "timeout" }, { other:try_lock("x", { timeout = 0.05, strategy = "notify" }) })
+    end
+    wait_until("the marker's end", function() return #pg_locks() == 1 end)
+    support.begin(beside, "lock", "x", { timeout = 5 })
+    wait_until("the wait", function() return #pg_locks() == 2 end)
+    assert.is_true(lock:release())
+    lock = support.complete(beside)
+    assert.is_true(lock:release())
+    for _, options in ipairs { {}, { timeout = 5 }, { timeout = 0 }, { shared = true }, { comment = true } } do
+      local all = conn:lock_all({ 42, "x", { 7, 42 } }, options)
+      assert.equal(3, #pg_locks())
+      assert.is_true(all:check())
+      assert.is_true(all:release())
+      assert.is_true(conn:lock({ 7, 42 }, options):release())
+    end
+    assert_untouched()
+  end)
+
+  it_with_pooler("has no lock ended by time-outs of the role, and leaves no setting behind", function()
+    set_hostile "150ms"
+    local conn, beside = connect_to(), connect_to()
+    local lock = conn:lock "x"
+    for _, name in ipairs(SETTINGS) do conn:query("SHOW " .. name) end
+    assert.same({ nil, "timeout" }, { beside:try_lock("x", { timeout = 0.4 }) })
+    assert.is_true(lock:check())
+    conn:query "SELECT pg_sleep(0.3)"
+    assert.is_true(lock:release())
+    conn:transaction(function()
+      conn:query "SELECT pg_sleep(0.3)"
+      assert.same({ true, "held until the transaction ends" }, { conn:lock("x"):release() })
+    end)
+    assert.equal("150ms", conn:query("SHOW statement_timeout")[1].statement_timeout)
+    assert_untouched()
+  end)
+
+  it_with_pooler("refuses what it cannot carry (row 23, holding)", function()
+    local conn = connect_to()
+    for _, options in ipairs { { scope = "session" }, { token = true }, { slots = 2 } } do
+      local err = assert_code("pooled", conn.lock, conn, "x", options)
+      assert.is_truthy(err.message:find("pooler of transactions", 1, true), err.message)
+    end
+    assert_code("pooled", conn.lock_all, conn, { "x" }, { scope = "session" })
+    assert.same({}, pg_locks())
+    conn:lock("x"):release()
+  end)
+
+  it_with_pooler("has everything rolled back, and let go, that was not committed", function()
+    local conn = connect_to()
+    observe "CREATE TABLE pooled (i int)"
+    finally(function() observe "DROP TABLE pooled" end)
+    local lock = conn:lock "x"
+    conn:query "INSERT INTO pooled VALUES (1)"
+    getmetatable(lock).__close(lock)
+    pcall(conn.with_lock, conn, "x", function()
+      conn:query "INSERT INTO pooled VALUES (1)"
+      error "oops"
+    end)
+    conn:lock "y"
+    collectgarbage()
+    collectgarbage()
+    assert.is_true(conn:ping())
+    conn:lock "z"
+    conn:query "INSERT INTO pooled VALUES (1)"
+    conn:close()
+    wait_until("the end", function() return #pg_locks() == 0 end)
+    assert.equal(0, observe("SELECT count(*) AS n FROM pooled")[1].n)
+    assert_untouched()
+  end)
+
+  it_with_pooler("frees the lock of a client that was killed, and forgets one that waited", function()
+    local script = [[
+      local conn = require "pglocks".connect { conninfo = ..., pooled = "transaction" }
+      local lock = conn:lock "x"
+      print "held"
+      io.stdout:flush()
+      require "system".sleep(60)
+    ]]
+    local holder = support.spawn(script, conninfo "transaction")
+    assert.equal("held", holder.lines())
+    local waiter = support.spawn(script, conninfo "transaction")
+    wait_until("the wait", function() return #pg_locks() == 2 end)
+    support.signal("KILL", waiter.pid)
+    waiter.close()
+    support.signal("KILL", holder.pid)
+    holder.close()
+    wait_until("the locks' end", function() return #pg_locks() == 0 end, 15)
+    connect_to():lock("x", { timeout = 5 }):release()
+  end)
+
+  it_with_pooler("works for the module's functions, and in an event loop", function()
+    local described = { conninfo = conninfo "transaction", pooled = "transaction" }
+    pglocks.setup { databases = { default = described } }
+    assert.equal("transaction", pglocks.with_lock("x", { timeout = 5 }, function(lock) return lock.scope end))
+    pglocks.setup { databases = { default = described }, scheduler = "cqueues" }
+    local loop, most, inside = cqueues.new(), 0, 0
+    for _ = 1, 5 do
+      loop:wrap(function()
+        pglocks.with_lock("x", { timeout = 5 }, function()
+          inside = inside + 1
+          most = math.max(most, inside)
+          cqueues.sleep(0.01)
+          inside = inside - 1
+        end)
+      end)
+    end
+    assert(loop:loop())
+    assert.equal(1, most)
+  end)
+
+  it_with_pooler("is not needed: a direct connection does the same", function()
+    local conn = support.connect { pooled = "transaction" }
+    assert.equal("transaction", conn:lock("x").scope)
+    assert_code("pooled", conn.lock, conn, "y", { scope = "session" })
+  end)
+
+  it_with_pooler("counts a lease in its transactions", function()
+    local conn = connect_to { lease = 0.3 }
+    local lock = conn:lock "x"
+    wait_until("the end of the lease", function() return #pg_locks() == 0 end)
+    wait_until("the loss", function() return not lock:held() end)
+    assert_code("lost", lock.release, lock)
+  end)
+end)
