@@ -172,6 +172,9 @@ end)
 local MANY = { "held", 42, { 7, 42 }, "name" }
 for i = 1, 40 do MANY[#MANY + 1] = i end -- more than there is always room for
 
+local MANY_OTHERS = {}
+for i = 1, 40 do MANY_OTHERS[i] = { 1000, i } end
+
 step("lock_all", lock_held, function(c) return c:lock_all(MANY, { timeout = 5 }) end)
 
 step("release of many", function(c) return c:lock_all(MANY) end, function(_, lock) lock:release() end)
@@ -223,6 +226,37 @@ step("transaction that fails", lock_held, function(c)
     c:query "SELECT 1/0"
   end)
 end, true)
+
+local XACT = { scope = "transaction", timeout = 5 }
+
+step("with_lock of the transaction's scope", lock_held, function(c)
+  return c:with_lock("x", XACT, function()
+    c:query "SELECT 1"
+    return #c:lock_all(MANY_OTHERS, XACT).keys
+  end)
+end, true)
+
+step("with_lock of the transaction's scope, whose function raises", lock_held, function(c)
+  pcall(c.with_lock, c, "x", XACT, function() error { "an error of the program" } end)
+end, true)
+
+step("lock of the transaction's scope that times out", lock_held, function(c)
+  local ok, err = pcall(c.lock, c, { 1, 2 }, { scope = "transaction", timeout = 0.001 })
+  if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
+end)
+
+step("upgrade", function(c) return c:lock("held", { shared = true }) end, function(_, lock)
+  if not lock:upgrade() then error "busy" end
+end)
+
+step("downgrade", lock_held, function(_, lock) return lock:downgrade() end)
+
+step("wait for a notification", lock_held, function(c)
+  local ok, err = pcall(c.lock, c, { 1, 2 }, { strategy = "notify", timeout = 0.003 })
+  if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
+end)
+
+step("semaphore", lock_held, function(c) return c:lock("seats", { slots = 3 }) end)
 
 step("release", lock_held, function(_, lock) lock:release() end)
 
