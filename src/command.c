@@ -392,12 +392,13 @@ void command_token(struct session *s) {
   command_end(s, c, prepare(s, c, TOKEN, &p) && send_statement(s, TOKEN, NULL, &p));
 }
 
-void command_announce(struct session *s, const struct key *markers, int count) {
+void command_announce(struct session *s, const struct key *markers, int count, bool awaited) {
   struct parameters p = {.n = 0};
   struct command *c = command_begin(s);
   char *to;
   if (c == NULL) return;
-  c->abandoned = true;
+  c->abandoned = !awaited;
+  c->trails = awaited;
   to = pack_head(s, count);
   for (int i = 0; i < count; i++) to = pack_key(to, &markers[i]);
   add_binary(&p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(count));
@@ -598,8 +599,8 @@ static void command_answered(struct session *s, struct command *c) {
     holdings_answered(s, c);
   } else if (!c->abandoned && s->op.kind != NULL) {
     s->op.unanswered--;
-    memcpy(&s->op.answer, &c->answer, offsetof(struct answer, failure));
-    if (c->answer.failed) s->op.answer.failure = c->answer.failure;
+    if (!c->trails) memcpy(&s->op.answer, &c->answer, offsetof(struct answer, failure));
+    if (!c->trails && c->answer.failed) s->op.answer.failure = c->answer.failure;
   }
   command_recycle(s, c);
   if (fatal)

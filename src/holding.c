@@ -64,7 +64,6 @@ struct holding *holding_get(struct session *s, const struct key *key, bool share
   h->key = *key;
   h->shared = shared;
   h->transaction = transaction;
-  h->announces = ANNOUNCES_ITSELF;
   h->generation = ++s->generations;
   *at = h;
   s->holding_count++;
@@ -84,13 +83,14 @@ bool holding_set_name(struct holding *h, const char *name, size_t length) {
   return true;
 }
 
-void holding_left(struct session *s, const struct holding *h, double now) {
+void holding_left(struct session *s, struct holding *h, double now) {
   struct key marker;
   if (h->announces == ANNOUNCES_OTHER)
     announce(s, &h->announced);
   else if (h->announces == ANNOUNCES_ITSELF && now - h->since > ANNOUNCED_AFTER) {
     if (marker_of(&h->key, &marker)) announce(s, &marker);
   }
+  h->announces = ANNOUNCES_NOTHING; /* again */
 }
 
 void holding_lost(struct session *s, struct holding *h) {
@@ -215,13 +215,19 @@ static bool guard_all(struct session *s, enum guard guard) {
 
 void holdings_verify(struct session *s) { guard_all(s, GUARD_LOOK); }
 
-void holdings_leave_transaction(struct session *s) {
+void holdings_announce_transaction(struct session *s) {
   double now = monotonic_now();
+  for (size_t i = 0; s->joined && i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->transaction && h->count > 0) holding_left(s, h, now);
+}
+
+void holdings_leave_transaction(struct session *s) {
+  holdings_announce_transaction(s);
   for (size_t i = 0; i < s->bucket_count; i++)
     for (struct holding *h = s->buckets[i], *next; h != NULL; h = next) {
       next = h->next;
       if (!h->transaction || h->count == 0) continue;
-      holding_left(s, h, now);
       holding_lost(s, h);
       holding_put(s, h);
     }

@@ -319,7 +319,10 @@ static void count_members(struct session *s, struct lock *lock) {
   for (size_t i = 0; i < lock->count; i++) {
     struct member *m = &lock->members[i];
     if (!member_lost(m)) continue;
-    if (m->holding->count == 0) m->holding->since = s->op.started + lock->waited;
+    if (m->holding->count == 0) {
+      m->holding->since = s->op.started + lock->waited;
+      m->holding->announces = ANNOUNCES_ITSELF;
+    }
     member_count(m);
   }
   if (lock->transaction) s->joined = true;
@@ -943,7 +946,7 @@ static void release_now(struct session *s, struct lock *lock) {
   lock_leave(s, lock, &chain);
   if (ends) rollback_now(s);
   if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
-  if (s->announced > 0 && s->op.kind == NULL) announcements_send(s);
+  if (s->op.kind == NULL && !s->in_transaction) announcements_send(s, false);
 }
 
 /* The session must be free. */
@@ -979,7 +982,7 @@ static void release_begin(struct session *s, struct lock *lock) {
       go(s, MAIN);
     else
       operation_done(s, NO_ERROR, "", NULL);
-    if (s->announced > 0 && !op->done) announcements_send(s); /* right behind */
+    if (!op->done && !s->in_transaction) announcements_send(s, true); /* right behind */
   }
 }
 

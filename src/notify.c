@@ -18,11 +18,11 @@ void announce(struct session *s, const struct key *marker) {
     s->announcements[s->announced++] = *marker;
 }
 
-void announcements_send(struct session *s) {
+void announcements_send(struct session *s, bool awaited) {
   int count = s->announced;
-  if (s->state != SESSION_OPEN || s->in_transaction) return;
+  if (count == 0 || s->state != SESSION_OPEN) return;
   s->announced = 0;
-  command_announce(s, s->announcements, count);
+  command_announce(s, s->announcements, count, awaited);
 }
 
 /* ---- hearing --------------------------------------------------------------------------- */

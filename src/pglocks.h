@@ -225,6 +225,7 @@ struct command {
   bool prepares;  /* its statement, so that the first result is of that */
   bool abandoned; /* nobody wants its answer */
   bool vital;     /* the session is lost when it fails */
+  bool trails;    /* the operation waits for its answer, and does not care what that is */
   bool draws;     /* a token */
   bool commits;   /* abandoned: on_lost is told when it fails, of the lock on `key` */
   struct key key;
@@ -264,8 +265,8 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
                        const char *milliseconds, const char *comment);
 void command_guard(struct session *s, enum guard guard, const struct chain *chain);
 void command_token(struct session *s);
-/* Of so many markers: whoever waits for one hears of it. Nobody waits for the answer. */
-void command_announce(struct session *s, const struct key *markers, int count);
+/* Of so many markers: whoever waits for one hears of it. awaited: the operation ends after that. */
+void command_announce(struct session *s, const struct key *markers, int count, bool awaited);
 void command_listen(struct session *s, const struct key *marker);
 void command_unlisten(struct session *s, const struct key *marker);
 void command_begin_transaction(struct session *s);
@@ -512,8 +513,9 @@ void transaction_open(lua_State *L); /* adds to the module at the top */
 bool marker_of(const struct key *key, struct key *marker);
 /* A lock on the key was let go. */
 void announce(struct session *s, const struct key *marker);
-/* Sends what is to be announced, unless a transaction is open: it would come only at its end. */
-void announcements_send(struct session *s);
+/* Sends what is to be announced, if anything is. In a transaction that goes on it would come only at its
+ * end. awaited: when the operation under way is over, nothing of this is left to see. */
+void announcements_send(struct session *s, bool awaited);
 void notify_open(lua_State *L); /* adds to the module at the top */
 
 /* ---- query.c -------------------------------------------------------------------------- */
@@ -562,7 +564,7 @@ bool holding_set_name(struct holding *h, const char *name, size_t length);
 /* The server does not know the lock: something in this session let it go behind our back. */
 void holding_lost(struct session *s, struct holding *h);
 /* The last lock on it has been let go: to be announced, where it was held long enough. */
-void holding_left(struct session *s, const struct holding *h, double now);
+void holding_left(struct session *s, struct holding *h, double now);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
 void chain_add(struct chain *chain, struct holding *h);
@@ -573,7 +575,9 @@ void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holdings_answered(struct session *s, const struct command *command);
 bool holdings_any(const struct session *s); /* is anything held? */
-/* Those of the transaction's scope are no longer held. */
+/* Those of the transaction's scope are about to end with it: to be announced. */
+void holdings_announce_transaction(struct session *s);
+/* They are no longer held. */
 void holdings_leave_transaction(struct session *s);
 /* Asks the server whether they are. */
 void holdings_verify(struct session *s);

@@ -7,8 +7,8 @@ void transaction_ended(struct session *s) {
   s->in_transaction = s->transaction_failed = s->rollback_due = false;
   s->transaction = 0;
   if (!s->joined) return;
-  s->joined = false;
   holdings_leave_transaction(s);
+  s->joined = false;
 }
 
 void transaction_note_end(struct session *s, const char *tag) {
@@ -37,14 +37,20 @@ static const struct operation_kind transacting = {"transaction", false, query_ad
 
 void commit_begin(struct session *s, const struct key *key, double seconds) {
   struct operation *op = &s->op;
+  bool deferred = key != NULL && s->commits_deferred;
   operation_begin(s, &transacting, seconds);
   op->demand = COMMITTING;
   if (key != NULL) {
     op->key = *key;
     op->has_key = true;
   }
-  command_commit(s, key != NULL && s->commits_deferred ? key : NULL);
-  if (key != NULL && s->commits_deferred && !op->done) operation_done(s, NO_ERROR, "", NULL);
+  holdings_announce_transaction(s);
+  command_commit(s, deferred ? key : NULL);
+  if (op->done) return;
+  if (deferred)
+    operation_done(s, NO_ERROR, "", NULL);
+  else
+    announcements_send(s, true);
 }
 
 static void rolling_back_advance(struct session *s) {
@@ -62,7 +68,9 @@ static const struct operation_kind rolling_back = {"rollback", false, rolling_ba
 
 void rollback_begin(struct session *s) {
   operation_begin(s, &rolling_back, s->reply_timeout);
+  holdings_announce_transaction(s);
   command_simple(s, "ROLLBACK", NULL);
+  if (!s->op.done) announcements_send(s, true);
 }
 
 void rollback_now(struct session *s) {
