@@ -51,6 +51,7 @@ build = {
         "src/operation.c",
         "src/command.c",
         "src/holding.c",
+        "src/names.c",
         "src/lock.c",
         "src/transaction.c",
         "src/notify.c",

@@ -48,6 +48,11 @@ struct session *connection_check(lua_State *L, int index) {
   return c->session;
 }
 
+struct session *connection_find(lua_State *L, int index) {
+  struct connection *c = test_userdata(L, index, sizeof *c, CONNECTION_MAGIC);
+  return c != NULL ? c->session : NULL;
+}
+
 void connection_ready(lua_State *L, int index, struct session *s) {
   if (session_is_foreign(s))
     raise_failure(L, FORKED, "this connection belongs to the parent process");

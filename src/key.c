@@ -81,11 +81,18 @@ static bool has_two_values(lua_State *L, int index) {
 struct source {
   int argument, element; /* of a list; 0: it is none */
   bool hashed;           /* returned by a function of the user's */
+  bool beside;           /* its options, so that it is an option itself */
 };
+
+static int options_argument(const struct source *from) {
+  return from->beside ? from->argument : from->argument + 1;
+}
 
 /* What stands before a message; pushes it. */
 static const char *said(lua_State *L, const struct source *from) {
-  const char *what = from->hashed ? "what the 'hash' function returned: " : "";
+  const char *what = from->hashed ? "what the 'hash' function returned: "
+                     : from->beside ? "option 'key': "
+                                    : "";
   return from->element > 0 ? lua_pushfstring(L, "keys[%d]: %s", from->element, what) : what;
 }
 
@@ -227,7 +234,7 @@ static void push_option(lua_State *L, const char *option, bool is_explicit, int 
 /* hash(name, namespace) */
 static void call_function(lua_State *L, int index, int options, const struct source *from,
                           const struct hashing *how, struct key *key) {
-  struct source result = {from->argument + 1, from->element, true};
+  struct source result = {options_argument(from), from->element, true, from->beside};
   int top = lua_gettop(L);
   push_option(L, "hash", how->explicit_scheme, options);
   lua_pushvalue(L, index);
@@ -247,7 +254,7 @@ static void name_check(lua_State *L, int index, int options, const struct source
     call_function(L, index, options, from, &how, key);
     return;
   }
-  adopt(L, from->argument + 1, &how); /* the options: the defaults go together */
+  adopt(L, options_argument(from), &how); /* the defaults go together */
   name.text = lua_tolstring(L, index, &name.length);
   wrong = how.scheme->make(&name, &how.space, key);
   if (wrong != NULL)
@@ -264,12 +271,13 @@ const struct key *key_test(lua_State *L, int index) {
 
 void key_check(lua_State *L, int index, int options, int argument, int element,
                const struct hashing *how, struct key *key) {
-  struct source from = {argument, element, false};
+  struct source from = {argument, element, false, how->beside};
   if (lua_type(L, index) == LUA_TSTRING)
     name_check(L, index, options, &from, how, key);
   else if (how->explicit_scheme || how->explicit_space)
-    argument_error(L, argument + 1, lua_pushfstring(L, "option '%s' is for names only",
-                                                    how->explicit_scheme ? "hash" : "namespace"));
+    argument_error(L, options_argument(&from),
+                   lua_pushfstring(L, "option '%s' is for names only",
+                                   how->explicit_scheme ? "hash" : "namespace"));
   else
     plain_check(L, index, &from, key);
 }
@@ -473,6 +481,35 @@ static int set_defaults(lua_State *L) {
   return 0;
 }
 
+/* key_among(options): the `key` of a table, with the `hash` and `namespace` that stand there, too; nil
+ * where there is none. */
+static int key_among(lua_State *L) {
+  static const char *const options[] = {"hash", "namespace"};
+  struct hashing how = {.beside = true};
+  struct key key;
+  luaL_checktype(L, 1, LUA_TTABLE);
+  lua_settop(L, 1);
+  lua_pushliteral(L, "key");
+  lua_rawget(L, 1);
+  for (int i = 0; i < 2; i++) {
+    lua_pushstring(L, options[i]);
+    lua_rawget(L, 1);
+    if (!lua_isnil(L, -1)) key_option(L, options[i], lua_gettop(L), 1, &how);
+  }
+  if (lua_isnil(L, 2) && !how.explicit_scheme && !how.explicit_space) return 0;
+  key_check(L, 2, 1, 1, 0, &how, &key);
+  key_push(L, &key);
+  return 1;
+}
+
+/* key_shown(classid, objid, objsubid): the key that pg_locks shows so. */
+static int key_shown(lua_State *L) {
+  struct key key = {(uint32_t)luaL_checknumber(L, 1), (uint32_t)luaL_checknumber(L, 2),
+                    (uint8_t)luaL_checknumber(L, 3)};
+  key_push(L, &key);
+  return 1;
+}
+
 static const luaL_Reg key_metamethods[] = {
     {"__eq", key_eq}, {"__index", key_index},       {"__le", key_le},
     {"__lt", key_lt}, {"__tostring", key_tostring}, {NULL, NULL}};
@@ -491,7 +528,9 @@ static int describe(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"describe", describe},
                                      {"key", make_key},
+                                     {"key_among", key_among},
                                      {"key_defaults", set_defaults},
+                                     {"key_shown", key_shown},
                                      {NULL, NULL}};
 
 void key_open(lua_State *L) {

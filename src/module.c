@@ -272,5 +272,6 @@ int luaopen_pglocks_core(lua_State *L) {
   lock_open(L);
   transaction_open(L);
   notify_open(L);
+  names_open(L);
   return 1;
 }

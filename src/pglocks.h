@@ -91,6 +91,7 @@ struct hashing {
   const struct scheme *scheme; /* NULL: a function of the user's, in the options or the defaults */
   struct space space;
   bool explicit_scheme, explicit_space; /* given in the call, not by setup */
+  bool beside; /* the options stand beside the key, in one argument; otherwise in the next one */
 };
 
 /* Reads the key at `index`, the user's argument `argument`, or raises; of a list, its `element`, or
@@ -474,6 +475,7 @@ void slot_set(lua_State *L, int index, enum slot slot);
 void slot_get(lua_State *L, int index, enum slot slot);
 
 struct session *connection_check(lua_State *L, int index); /* whatever its state */
+struct session *connection_find(lua_State *L, int index);  /* NULL: it was collected, or is none */
 /* Raises closed, lost, forked, busy_connection unless the connection may start an operation. */
 void connection_ready(lua_State *L, int index, struct session *s);
 void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
@@ -584,6 +586,10 @@ void holdings_verify(struct session *s);
 /* Sends the guard for every doubtful holding, unless the transaction must end first. */
 void holdings_settle(struct session *s);
 void holdings_free(struct session *s);
+
+/* ---- names.c -------------------------------------------------------------------------- */
+
+void names_open(lua_State *L);
 
 /* ---- lock.c --------------------------------------------------------------------------- */
 

@@ -441,6 +441,25 @@ function core.raise_argument(argument, expected) end
 ---@return pglocks.key
 function core.key(key, options) end
 
+--- The `key` of a table, with the `hash` and `namespace` that stand there, too. Raises an argument error.
+---@param options table
+---@return pglocks.key|nil
+function core.key_among(options) end
+
+--- The key that pg_locks shows so.
+---@param classid integer
+---@param objid integer
+---@param objsubid integer
+---@return pglocks.key
+function core.key_shown(classid, objid, objsubid) end
+
+--- The names of the keys that a connection holds or waits for, by `tostring(key)`; nothing where it is
+--- not open, or collected.
+---@param conn pglocks.connection
+---@return table<string, string>|nil names
+---@return integer|nil backend_pid
+function core.names(conn) end
+
 --- The scheme and the namespace of every later call that does not say its own; without them, as
 --- at the start. Raises an argument error.
 ---@param options? pglocks.hashing
