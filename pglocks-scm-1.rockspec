@@ -32,6 +32,7 @@ build = {
   type = "builtin",
   modules = {
     ["pglocks"] = "lua/pglocks/init.lua",
+    ["pglocks.all_locks"] = "lua/pglocks/all_locks.lua",
     ["pglocks.connect"] = "lua/pglocks/connect.lua",
     ["pglocks.modes"] = "lua/pglocks/modes.lua",
     ["pglocks.patience"] = "lua/pglocks/patience.lua",

@@ -250,6 +250,9 @@ local function handshake(conn, options, time_left)
   end
 end
 
+-- All that this Lua has opened, as keys.
+local connections = setmetatable({}, { __mode = "k" })
+
 local function open(keywords, options, time_left)
   local scheduler = options.scheduler
   local began = core.now()
@@ -270,6 +273,7 @@ local function open(keywords, options, time_left)
   ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
   if ok then
     core.configure(conn, { on_lost = options.on_lost }) -- nobody is told of one that was never his
+    connections[conn] = true
     return conn
   end
   conn:close()
@@ -331,4 +335,4 @@ local function connect(keywords, options, limit)
   end
 end
 
-return { describe = describe, connect = connect }
+return { describe = describe, connect = connect, connections = connections }

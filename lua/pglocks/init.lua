@@ -5,6 +5,7 @@
 ---     local lock <close> = conn:lock "invoice 42"
 
 local core = require "pglocks.core"
+require "pglocks.all_locks"
 local opening = require "pglocks.connect"
 local pool = require "pglocks.pool"
 local scheduled = require "pglocks.scheduled"

@@ -110,13 +110,34 @@
 ---@field databases? table<string, string|pglocks.description>
 ---@field scheduler? pglocks.waits  of every connection that does not name its own
 
+--- What a connection holds, as it counts itself.
 ---@class pglocks.held
 ---@field key pglocks.key
----@field name? string
+---@field name? string  nil where the key was not made from one
 ---@field mode "exclusive"|"shared"
 ---@field scope "session"|"transaction"
 ---@field count integer  locks of this connection on the key, in this mode; of the transaction's scope, so
 --- many as were taken
+
+--- A lock of any session, as the server sees it.
+---@class pglocks.listed
+---@field key pglocks.key
+---@field name? string  where a connection of this process holds the key, or waits for it, by that name
+---@field mode "exclusive"|"shared"
+---@field granted boolean  false: it is waited for
+---@field pid? integer  `backend_pid` of the session; nil: a prepared transaction holds it
+---@field application? string  the session's application_name
+---@field client? string  its address and port; nil on a Unix socket, or where the role may not see it
+---@field since? number  of one that waits, on PostgreSQL 14 and newer: the server's time when it began to,
+--- in seconds since the epoch
+---@field blocked_by? integer[]  of one that waits: the sessions that it waits for, which hold the lock or
+--- are before it in the queue; 0 is a prepared transaction
+
+--- Which locks `all_locks` lists: those for which all of it is true.
+---@class pglocks.filter: pglocks.hashing
+---@field key? pglocks.locked  with `hash` and `namespace` beside it, as for `lock`
+---@field pid? integer
+---@field granted? boolean  false: those that are waited for
 
 ---@alias pglocks.body fun(lock: pglocks.lock, ...: any): ...
 
@@ -277,11 +298,21 @@ function connection:transaction(fn, ...) end
 --- all other types are strings, as is a bigint past 2^53 on LuaJIT
 function connection:query(sql, ...) end
 
---- What this connection holds; nothing once its session is lost. Never asks the server.
+--- What this connection holds, in no order; nothing once its session is lost. Never asks the server.
 ---
 ---     for _, held in ipairs(conn:locks()) do print(held.key, held.mode, held.count) end
 ---@return pglocks.held[]
 function connection:locks() end
+
+--- Every advisory lock of the database that the connection is in, those too that are waited for. By
+--- key; of one key what is granted comes first, then what waits, in the order in which it began to.
+--- Raises lost, interrupted, unknown without an answer within `reply_timeout`, aborted_transaction,
+--- closed, busy_connection, forked, server; and an argument error for a wrong filter.
+---
+---     for _, one in ipairs(conn:all_locks { granted = false }) do print(one.pid, one.name or one.key) end
+---@param filter? pglocks.filter
+---@return pglocks.listed[]
+function connection:all_locks(filter) end
 
 --- False once the session is known to be gone. Looks at the socket, without a round trip.
 ---

@@ -87,6 +87,12 @@ describe("a pooler of sessions, said to be one,", function()
 
     support.begin(beside, "lock", "x")
     support.wait_until_waiting(beside.backend_pid)
+    for _, one in ipairs { conn, direct } do
+      local list = one:all_locks { key = "x" }
+      assert.same({ conn.backend_pid, beside.backend_pid }, { list[1].pid, list[2].pid })
+      assert.same({ conn.backend_pid }, list[2].blocked_by)
+      assert.equal("x", list[2].name)
+    end
     assert.is_true(lock:release())
     assert.is_true(support.complete(beside):release())
     assert.is_true(direct:lock("x", { timeout = 0 }):release())

@@ -258,9 +258,15 @@ describe("a hostile role and schema", function()
     create("set_config", "text", "text, text, bool")
     create("version", "text", "")
     create("count", "int8", "text")
+    create("pg_blocking_pids", "int4", "int4")
+    create("pg_stat_clear_snapshot", "void", "")
+    create("date_part", "float8", "text, timestamptz")
+    create("current_database", "name", "")
+    create("int4eq", "bool", "int4, int4")
     for i, operator in ipairs {
       { "=", "bool", "int4", "int4" }, { "=", "bool", "int2", "int4" }, { "=", "bool", "oid", "oid" },
       { "=", "bool", "text", "text" }, { "<>", "bool", "text", "text" }, { "~~", "bool", "text", "text" },
+      { "=", "bool", "name", "name" }, { "=", "bool", "bool", "bool" }, { "=", "bool", "int2", "int2" },
       { "<<", "int8", "int8", "int4" }, { ">>", "int8", "int8", "int4" }, { "|", "int8", "int8", "int8" },
     } do
       local name, result, left, right = unpack(operator)
@@ -268,11 +274,13 @@ describe("a hostile role and schema", function()
       support.observe(("CREATE OPERATOR evil.%s (LEFTARG = %s, RIGHTARG = %s, FUNCTION = evil.operator%d)")
         :format(name, left, right, i))
     end
-    for _, type in ipairs { "int4", "int8", "text" } do
+    for _, type in ipairs { "int4", "int8", "text", "int2", "oid", "bool", "float8" } do
       support.observe(("CREATE DOMAIN evil.%s AS pg_catalog.%s CHECK (false)"):format(type, type))
     end
     support.observe "CREATE TABLE evil.pg_locks (pid int)"
     support.observe "CREATE TABLE evil.pg_settings (name text)"
+    support.observe "CREATE TABLE evil.pg_stat_activity (pid int)"
+    support.observe "CREATE TABLE evil.pg_database (oid oid)"
   end)
 
   teardown(function()
@@ -317,6 +325,20 @@ describe("a hostile role and schema", function()
     wait_longer()
     assert.is_true(lock:check())
     holds(1)
+  end)
+
+  it("row 29, holding: sees all locks, and who waits for them", function()
+    local held = phases.waiting(conn, support.connect(), "x")
+    local watcher = support.connect { user = "hostile" }
+    for _ = 1, 2 do
+      assert.equal(2, #watcher:all_locks())
+      assert.equal(conn.backend_pid, watcher:all_locks { key = "x", granted = false }[1].pid)
+      assert.equal(1, #watcher:all_locks { pid = conn.backend_pid }[1].blocked_by)
+      watcher:query "BEGIN"
+    end
+    watcher:query "COMMIT"
+    held:release()
+    support.complete(conn):release()
   end)
 
   it("row 29, releasing: releases, and after an error the guard does", function()
