@@ -43,6 +43,7 @@ build = {
     ["pglocks.scheduler.luv"] = "lua/pglocks/scheduler/luv.lua",
     ["pglocks.scheduler.nginx"] = "lua/pglocks/scheduler/nginx.lua",
     ["pglocks.scope"] = "lua/pglocks/scope.lua",
+    ["pglocks.selftest"] = "lua/pglocks/selftest.lua",
     ["pglocks.types"] = "lua/pglocks/types.lua",
     ["pglocks.core"] = {
       sources = {

@@ -270,7 +270,8 @@ local function open(keywords, options, time_left)
     deferred = options.release == "deferred" or scheduler and options.release == nil,
     commits_deferred = options.release == "deferred",
   })
-  ok, err = pcall(handshake, conn, options, math.max(0.001, time_left - (core.now() - began)))
+  ok, err = pcall(options.handshake or handshake, conn, options,
+    math.max(0.001, time_left - (core.now() - began)), keywords)
   if ok then
     core.configure(conn, { on_lost = options.on_lost }) -- nobody is told of one that was never his
     connections[conn] = true
@@ -306,7 +307,7 @@ end
 --- Opens what `describe` has read: address after address, and again from the first one while a
 --- server may only be starting, stopping or full, until the time is over.
 ---@param keywords table<string, string>
----@param options table
+---@param options table  `handshake`: of the selftest, in the place of that for locks
 ---@param limit? number  seconds that a caller has left, where that is less than the options say
 ---@return pglocks.connection|nil connection  nil: that was too little to hear of anything wrong
 local function connect(keywords, options, limit)

@@ -128,18 +128,35 @@ end
 
 local default_scheduler = scheduled.default()
 
+-- What is given for one connection.
+local function describe(described)
+  local keywords, options = opening.describe(described, default_scheduler)
+  if not keywords then core.raise_argument(1, options) end
+  if options.pool_size then core.raise_argument(1, "option 'pool_size' is one of setup's databases") end
+  return keywords, options
+end
+
 --- Opens a connection of its own. Raises connect, too_many_connections, standby, pooled.
 ---
 ---     local conn <close> = pglocks.connect "postgresql:///app"
 ---@param described? string|pglocks.description without it the PG* environment
 ---@return pglocks.connection
 function pglocks.connect(described)
-  local keywords, options = opening.describe(described, default_scheduler)
-  if not keywords then core.raise_argument(1, options) end
-  if options.pool_size then core.raise_argument(1, "option 'pool_size' is one of setup's databases") end
+  local keywords, options = describe(described)
   local conn = opening.connect(keywords, options)
   if options.on_lost then scheduled.watch(conn) end
   return conn
+end
+
+--- Finds out, by two connections that it opens and closes, what locks at an address can be trusted
+--- with. Raises connect, too_many_connections.
+---
+---     print(pglocks.selftest "postgresql:///app")
+---@param described? string|pglocks.description as for `connect`; what it says of `pooled` makes no difference
+---@return pglocks.trust
+function pglocks.selftest(described)
+  local keywords, options = describe(described)
+  return (require "pglocks.selftest"(keywords, options))
 end
 
 local databases = {} -- by name: { keywords, options }

@@ -161,6 +161,24 @@
 --- are of the transaction's scope
 ---@field [string] string|number  libpq's keywords
 
+---@alias pglocks.address
+---| "direct"
+---| "session pooling"
+---| "transaction pooling"
+---| "statement pooling"
+---| "standby"
+---| "several servers"     # that do not know each other's locks
+---| "no locks"            # they do nothing there, or are refused
+
+--- What `selftest` has found at an address. `tostring` gives the message.
+---@class pglocks.trust
+---@field kind pglocks.address
+---@field session boolean  locks of the session exclude others here
+---@field transaction boolean  locks of the transaction do
+---@field pooled? "session"|"transaction"  the value for the option of a description; nil: none
+---@field message string  a sentence or two: what it is, and what to do
+---@field server_version integer  150004 is 15.4
+
 -- ---- schedulers -------------------------------------------------------------------------
 
 --- "blocking" stops the whole process; all others wait in the calling coroutine.
