@@ -201,8 +201,8 @@ describe("the selftest of a pooler", function()
   end)
 
   for mode, expected in pairs(POOLED) do
-    it_with_pooler(("that pools by %s says so"):format(mode), function()
-      pooler.start()
+    it_with_pooler(("that pools by %s says so, and leaves nothing"):format(mode), function()
+      pooler.start(nil, "server_reset_query=") -- which would clean up behind us
       for _, said in ipairs { {}, { pooled = "session" } } do
         said.conninfo = pooler.conninfo(mode)
         assert.same(expected, (found(said)))
@@ -212,9 +212,9 @@ describe("the selftest of a pooler", function()
   end
 
   for _, settings in ipairs { "server_round_robin=0", "server_round_robin=1" } do
-    for _, count in ipairs { 1, 2, 3, 5 } do
+    for _, count in ipairs { 1, 2, 3, 40 } do -- more than a test asks
       it_with_pooler(("that pools by transaction says so, with %d sessions and %s"):format(count, settings), function()
-        pooler.start({ transaction = "pool_mode=transaction pool_size=5" }, settings)
+        pooler.start({ transaction = "pool_mode=transaction pool_size=40" }, settings)
         local clients = {}
         for i = 1, count do clients[i] = occupy "transaction" end
         for _, conn in ipairs(clients) do conn:query "COMMIT" end
@@ -352,10 +352,13 @@ describe("the selftest of a server whose locks", function()
     assert.is_truthy(message:find("permission denied for function pg_try_advisory_lock", 1, true), message)
   end)
 
-  it_with_pooler("of sessions do nothing, behind a pooler of transactions, does not need them", function()
+  it_with_pooler("are behind a pooler of transactions is asked for no lock of a session", function()
     finally(pooler.stop)
-    replace(make_scratch(), SESSION, "RETURN true;")
-    pooler.start { scratch = ("pool_mode=transaction pool_size=2 dbname=" .. SCRATCH) }
+    replace(make_scratch(), SESSION, "RAISE 'a session was locked';")
+    pooler.start({ scratch = "pool_mode=transaction pool_size=5 dbname=" .. SCRATCH }, "server_round_robin=1")
+    local clients = {}
+    for i = 1, 3 do clients[i] = occupy "scratch" end
+    for _, conn in ipairs(clients) do conn:query "COMMIT" end
     assert.same(POOLED.transaction, (found(pooler.conninfo "scratch")))
   end)
 
