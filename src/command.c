@@ -38,12 +38,11 @@ struct statement {
   RESTORING_SQL(TIMED_SQL("pg_advisory_xact_lock" mode, key, ms))
 
 /* A position in the log that only grows, also across crashes, once it has been written to the disk: so
- * the commit waits for that, whatever the role says. NULL where nothing ever is. */
+ * the commit waits for that, whatever the role says. NULL where nothing ever is; 0 on a standby. */
 #define TOKEN_SQL                                                                                \
-  "SELECT CASE WHEN pg_catalog.current_setting('fsync') OPERATOR(pg_catalog.=) 'on'"             \
-  " AND pg_catalog.set_config('synchronous_commit',"                                             \
-  "CASE pg_catalog.current_setting('synchronous_commit') WHEN 'remote_apply' THEN 'remote_apply'" \
-  " ELSE 'on' END,true) IS NOT NULL"                                                             \
+  "SELECT CASE WHEN pg_catalog.pg_is_in_recovery() THEN 0"                                       \
+  " WHEN pg_catalog.current_setting('fsync') OPERATOR(pg_catalog.=) 'on'"                        \
+  " AND pg_catalog.set_config('synchronous_commit','on',true) IS NOT NULL"                       \
   " THEN pg_catalog.pg_logical_emit_message(true,'pglocks','')"                                  \
   " OPERATOR(pg_catalog.-) '0/0'::pg_catalog.pg_lsn END"
 

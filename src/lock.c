@@ -333,6 +333,7 @@ static void granted(struct session *s) {
   struct lock *lock = op->lock;
   if (lock->draws && op->token == 0) {
     lock->waited = monotonic_now() - op->started;
+    op->aside = false; /* a cancel from now on is meant for us */
     go(s, DRAW);
     return;
   }
@@ -377,20 +378,33 @@ static void interrupted(struct session *s) {
     let_go(s);
 }
 
+/* What was drawn in a statement that failed may be lost in a crash, and so be drawn again. */
 static void drawn(struct session *s) {
   struct operation *op = &s->op;
-  bool failed = op->answer.failed || op->interrupted;
-  if (!failed && op->answer.value == VALUE_OTHER && op->token != 0) {
+  bool failed = op->answer.failed;
+  if (failed && failure_never_ran(&op->answer.failure) && !op->interrupted &&
+      op->rounds++ < CANCELLED_AT_MOST) {
+    go(s, DRAW);
+    return;
+  }
+  if (!failed && op->answer.value != VALUE_OTHER && op->answer.value != VALUE_NULL) {
+    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
+    return;
+  }
+  if (!failed && !op->interrupted && op->token != 0) {
     granted(s);
     return;
   }
-  if (op->answer.failed)
+  if (failed)
     op->failure = op->answer.failure;
   else if (op->interrupted)
     failure_set(&op->failure, INTERRUPTED, "", "interrupted");
-  else
+  else if (op->answer.value == VALUE_NULL)
     failure_set(&op->failure, SERVER, "",
                 "no token: where fsync is off, they may repeat after a crash");
+  else
+    failure_set(&op->failure, STANDBY, "", "no token: a standby cannot draw one");
+  op->token = 0;
   let_go(s);
 }
 
