@@ -211,14 +211,33 @@ function support.read(path)
   return text
 end
 
+-- ---- settings of the server -------------------------------------------------------------
+
+local function switch(query, setting, value)
+  query(("ALTER SYSTEM SET %s = %s"):format(setting, value))
+  query "SELECT pg_reload_conf()"
+  support.wait_until(setting .. " to be " .. value, function()
+    return query(("SHOW %s"):format(setting))[1][setting] == value
+  end)
+end
+
+local had_fsync
+
+--- Has the server of the specs write to its disk, for fencing tokens, until support.without_fsync().
+--- For connections that are opened then.
+function support.with_fsync()
+  had_fsync = support.observe("SHOW fsync")[1].fsync == "on"
+  if not had_fsync then switch(support.observe, "fsync", "on") end
+end
+
+function support.without_fsync()
+  if not had_fsync then switch(support.observe, "fsync", "off") end
+end
+
 -- ---- TLS --------------------------------------------------------------------------------
 
 -- It is off in the server of the specs, where elsewhere it would only take time.
-local function switch_tls(query, value)
-  query("ALTER SYSTEM SET ssl = " .. value)
-  query "SELECT pg_reload_conf()"
-  support.wait_until("ssl to be " .. value, function() return query("SHOW ssl")[1].ssl == value end)
-end
+local function switch_tls(query, value) switch(query, "ssl", value) end
 
 --- Has a server speak TLS: that of the specs, until support.without_tls(), or another one of theirs,
 --- by the folder of its data and a function for queries. Its certificate's file, for the name
