@@ -93,6 +93,27 @@ local locations = {
     ngx.say(err)
   ]],
 
+  -- Every kind of lock that a pool's connection can carry.
+  ["/kinds"] = [[ answer(pcall(function()
+    local said = {}
+    local function say(what) said[#said + 1] = tostring(what) end
+    local xact = { scope = "transaction", timeout = timeout, using = using }
+    say(pglocks.with_lock(name, xact, function(lock) return lock.scope end))
+    say(select(2, pcall(pglocks.with_lock, name, xact, function() error("inside", 0) end)))
+    for _, strategy in ipairs { "notify", "poll" } do
+      say(pglocks.with_lock(name, { strategy = strategy, timeout = timeout, using = using },
+        function(lock) return lock:check() end))
+    end
+    say(pglocks.with_lock(name, { slots = 2, timeout = timeout, using = using }, function(lock) return lock.slot <= 2 end))
+    local own = name .. " of " .. ngx.var.connection -- nobody else reads
+    say(pglocks.with_lock(own, { shared = true, timeout = timeout, using = using }, function(lock)
+      return tostring(lock:upgrade { timeout = timeout }) .. " " .. tostring(lock:downgrade())
+    end))
+    return table.concat(said, ", ")
+  end)) ]],
+
+  ["/dies/transaction"] = [[ pglocks.lock(name, { scope = "transaction" }) error "on purpose" ]],
+
   ["/own"] = [[ answer(pcall(function()
     local conn = pglocks.connect(os.getenv "PGLOCKS_TEST_CONNINFO")
     local lock = conn:lock(name)
@@ -255,12 +276,21 @@ local function common(title, http)
       assert.equal("3000000 2000000\n", (nginx:get "/big"))
     end)
 
-    for _, death in ipairs { "exit", "error", "redirect", "exec", "end" } do
+    for _, death in ipairs { "exit", "error", "redirect", "exec", "end", "transaction" } do
       it("frees the lock of a request that dies: " .. death, function()
         nginx:get("/dies/" .. death .. "?name=d")
         wait_until("the lock to be free", function() return not holder_of "d" end, 1)
       end)
     end
+
+    it("carries every kind of lock, many at once", function()
+      local expected = "transaction, inside, true, true, true, true true\n"
+      assert.equal(expected, (nginx:get "/kinds?name=k&timeout=5"))
+      local requests = {}
+      for i = 1, 6 do requests[i] = nginx:begin("/kinds?name=k" .. i % 3 .. "&timeout=8") end
+      for i = 1, 6 do assert.equal(expected, requests[i].body()) end
+      wait_until("all to be free", function() return #pg_locks() == 0 end)
+    end)
 
     it("frees the lock of a scope that fails, and keeps the error", function()
       assert.equal("inside\n", (nginx:get "/dies/scope?name=d"))
