@@ -9,7 +9,7 @@
  * calls held must have been granted by a complete answer, and not been given up since. One that it
  * says not to have got must have been denied by such an answer. And where the server is `honest`,
  * doing only what PostgreSQL does, the client must in the end know of exactly the locks that the
- * server has. */
+ * server has, and whenever it has heard all, call no lock held that the server has not. */
 #include "harness.h"
 
 #include <errno.h>
@@ -30,9 +30,10 @@
 #include <libpq-fe.h>
 
 enum {
-  MAX_KEYS = 16,       /* keys and modes */
+  MAX_KEYS = 32,       /* keys, modes and scopes */
   MAX_SET = 4,         /* keys of one call */
   MAX_STATEMENTS = 8,  /* of a command: what is between two Syncs */
+  MAX_SAVEPOINTS = 16, /* on the server; of the user's own half as many */
   MAX_COMMANDS = 256,  /* in a run */
   MAX_LOCKS = 8,       /* that the program has a name for */
   MAX_TURNS = 3000,    /* of one operation */
@@ -53,6 +54,7 @@ static struct {
   bool busy;      /* an operation is being driven */
   bool blocks;    /* by a call that blocks */
   bool abandoned; /* nobody will ask for the result of the operation */
+  bool commits_deferred;
   int waits;      /* since the program's end */
 } run;
 
@@ -63,8 +65,9 @@ struct known {
   int objsubid;
   /* The latest command that asks for it, that unlocks it, and whose answer denies it; or -1. */
   int wanted, given_up, denied;
-  int held; /* by the server's own count */
-  bool shared;
+  int held;                       /* by the server's own count, in the session's scope */
+  int at[MAX_SAVEPOINTS + 1];     /* in the transaction's, by the savepoint behind which it was taken */
+  bool shared, transaction;       /* transaction: of its scope */
   bool believed;  /* the answers that libpq has told say that it is held */
   bool disproved; /* the guard's do not: the client must say so when its operation is over */
 };
@@ -72,22 +75,51 @@ struct known {
 static struct known known[MAX_KEYS];
 static int known_count;
 
-static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool shared) {
-  struct known *k;
-  for (k = known; k < known + known_count; k++)
+/* NULL: nothing is. */
+static struct known *known_already(uint32_t classid, uint32_t objid, int objsubid, bool shared,
+                                   bool transaction) {
+  for (struct known *k = known; k < known + known_count; k++)
     if (k->classid == classid && k->objid == objid && k->objsubid == objsubid &&
-        k->shared == shared)
+        k->shared == shared && k->transaction == transaction)
       return k;
+  return NULL;
+}
+
+static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool shared,
+                          bool transaction) {
+  struct known *k = known_already(classid, objid, objsubid, shared, transaction);
+  if (k != NULL) return k;
+  k = &known[known_count];
   if (known_count == MAX_KEYS) finding("more keys than there are");
   known_count++;
   k->classid = classid;
   k->objid = objid;
   k->objsubid = objsubid;
   k->shared = shared;
+  k->transaction = transaction;
   k->wanted = k->given_up = k->denied = -1;
   k->believed = k->disproved = false;
   k->held = 0;
+  memset(k->at, 0, sizeof k->at);
   return k;
+}
+
+/* The same key and mode in the other scope; or NULL. */
+static struct known *in_other_scope(const struct known *k) {
+  return known_already(k->classid, k->objid, k->objsubid, k->shared, !k->transaction);
+}
+
+/* How often the server has it. */
+static int counted(const struct known *k) {
+  int n = k->held;
+  for (int i = 0; i <= MAX_SAVEPOINTS; i++) n += k->at[i];
+  return n;
+}
+
+/* As pg_locks shows it, where the scopes are one. */
+static bool is_shown(const struct known *k) {
+  const struct known *other = in_other_scope(k);
+  return counted(k) > 0 || (other != NULL && counted(other) > 0);
 }
 
 /* Of one mode, in the order in which the client names them. */
@@ -117,14 +149,18 @@ enum kind {
   SAVEPOINT,
   ROLLBACK_TO,
   RELEASE_SAVEPOINT,
+  TOKEN,
+  NOTHING_AT_ALL,
   SELECT
 };
 
 struct statement {
   enum kind kind;
   bool executes_prepared;
-  char name[32]; /* of the prepared statement */
+  char name[32]; /* of the prepared statement, or of the savepoint */
   bool array;    /* its keys are one, be it of one key */
+  bool boolean;  /* a lock that answers with true, not with void */
+  bool chain;    /* COMMIT or ROLLBACK AND CHAIN */
   struct set on;
 };
 
@@ -132,12 +168,17 @@ static struct command {
   struct statement statements[MAX_STATEMENTS];
   int count;
   bool failed;    /* libpq told of an error */
+  bool committed; /* and of this tag */
   bool has_value; /* its row's, which is not NULL: only a statement about locks has one */
   int length;
   char value[MAX_SET];
 } commands[MAX_COMMANDS + 1];
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
+/* The latest command that is to end the transaction; that was told to have found or left none; and to have
+ * gone back to a savepoint; or -1. */
+static int ended, idle, gone_back;
+static bool told_failed; /* that the transaction has, by the last that was told */
 
 static uint32_t big_endian(const char *bytes) {
   const unsigned char *b = (const unsigned char *)bytes;
@@ -145,7 +186,8 @@ static uint32_t big_endian(const char *bytes) {
 }
 
 /* An int8[] in binary form, as array_recv takes it, and how many of the keys in it are no pairs. */
-static void read_array(struct set *on, const char *const *values, const int *lengths, bool shared) {
+static void read_array(struct set *on, const char *const *values, const int *lengths, bool shared,
+                       bool transaction) {
   const char *element = values[0] + 20;
   uint32_t count = big_endian(values[0] + 12), wide = big_endian(values[1]);
   if (big_endian(values[0]) != 1 || big_endian(values[0] + 4) != 0 ||
@@ -154,18 +196,18 @@ static void read_array(struct set *on, const char *const *values, const int *len
     finding("an array that is none");
   for (uint32_t i = 0; i < count; i++, element += 12) {
     if (big_endian(element) != 8) finding("an element that is no int8");
-    add(on, know(big_endian(element + 4), big_endian(element + 8), i < wide ? 1 : 2, shared));
+    add(on, know(big_endian(element + 4), big_endian(element + 8), i < wide ? 1 : 2, shared, transaction));
   }
 }
 
 /* The keys that binary parameters name: many, or one 64-bit key, or a pair. */
 static void read_keys(struct statement *s, const char *const *values, const int *lengths, bool pair,
-                      bool shared) {
+                      bool shared, bool transaction) {
   if (s->array)
-    read_array(&s->on, values, lengths, shared);
+    read_array(&s->on, values, lengths, shared, transaction);
   else
     add(&s->on, know(big_endian(values[0]), big_endian(pair ? values[1] : values[0] + 4),
-                     pair ? 2 : 1, shared));
+                     pair ? 2 : 1, shared, transaction));
 }
 
 static struct statement *ask(enum kind kind) {
@@ -184,6 +226,7 @@ static void gives_up(struct known *k) {
 }
 
 static void note_asked(const struct statement *s) {
+  if (s->kind == COMMIT || s->kind == ROLLBACK) ended = asked;
   for (int i = 0; i < s->on.count; i++)
     if (s->kind == UNLOCK || s->kind == GUARD_UNLOCK)
       gives_up(s->on.keys[i]);
@@ -194,15 +237,18 @@ static void note_asked(const struct statement *s) {
 static void ask_prepared(const char *name, const char *const *values, const int *lengths) {
   bool announces = strcmp(name, "pglocks_announce") == 0; /* nobody of the program listens */
   struct statement *s = ask(announces                      ? SELECT
+                            : strcmp(name, "pglocks_token") == 0 ? TOKEN
                             : strstr(name, "unlock") != NULL ? UNLOCK
                             : strstr(name, "try") != NULL    ? TRY_LOCK
                                                              : LOCK);
   trace("  command %d asks: %s", asked, name);
   snprintf(s->name, sizeof s->name, "%s", name);
   s->executes_prepared = true;
-  if (announces) return;
+  if (announces || s->kind == TOKEN) return;
   s->array = strstr(name, "_all") != NULL;
-  read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL);
+  s->boolean = strstr(name, "xact_timed") != NULL;
+  read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL,
+            strstr(name, "_xact_") != NULL);
   note_asked(s);
 }
 
@@ -222,18 +268,25 @@ static void ask_sql(const char *sql, const char *const *values, const int *lengt
   else if (strstr(sql, "pg_locks l") != NULL) {
     s->kind = strstr(sql, "pg_advisory_unlock") != NULL ? GUARD_UNLOCK : LOOK;
     s->array = true;
-    read_keys(s, values, lengths, false, strstr(sql, "'ShareLock'") != NULL);
+    read_keys(s, values, lengths, false, strstr(sql, "'ShareLock'") != NULL, false);
+  } else if (*sql == '\0' || (strncmp(sql, "/*", 2) == 0 && strstr(sql, "*/ SELECT") == NULL)) {
+    if (*sql != '\0' && strcmp(strstr(sql, "*/"), "*/ ") != 0)
+      finding("a comment without an end: %s", sql);
+    s->kind = NOTHING_AT_ALL;
   } else if (strncmp(sql, "/*", 2) == 0) {
     const char *f = strstr(sql, "*/ SELECT");
-    if (f == NULL) finding("a comment without an end: %s", sql);
     /* Of many keys, what waits no longer than a timeout tries each before it sets that. */
     s->kind = strstr(f, "try_") != NULL && strstr(f, "lock_timeout") == NULL ? TRY_LOCK : LOCK;
     s->array = strstr(f, "unnest($1)") != NULL;
-    read_keys(s, values, lengths, strstr(f, "$1,$2)") != NULL, strstr(f, "_shared(") != NULL);
+    s->boolean = strstr(f, "_xact_") != NULL && strstr(f, "lock_timeout") != NULL;
+    read_keys(s, values, lengths, strstr(f, "$1,$2)") != NULL, strstr(f, "_shared(") != NULL,
+              strstr(f, "_xact_") != NULL);
   } else
     for (size_t i = 0; i < sizeof simple / sizeof *simple; i++)
       if (strncmp(sql, simple[i].begin, strlen(simple[i].begin)) == 0) {
         s->kind = simple[i].kind;
+        s->chain = strstr(sql, "CHAIN") != NULL;
+        snprintf(s->name, sizeof s->name, "%s", strrchr(sql, ' ') != NULL ? strrchr(sql, ' ') + 1 : "");
         break;
       }
   trace("  command %d asks: %s", asked, sql);
@@ -248,7 +301,7 @@ static enum said said_of(const struct command *c, const struct statement *s, int
   if (c->failed || !c->has_value) return NOTHING;
   switch (s->kind) {
   case LOCK: /* void, of one key; else true, when it has them all */
-    if (!s->array) return c->length != 1 ? HELD : NOTHING;
+    if (!s->array && !s->boolean) return c->length != 1 ? HELD : NOTHING;
     return c->length == 1 && *c->value == 't' ? HELD : NOTHING;
   case TRY_LOCK:
     return c->length != 1 ? NOTHING : *c->value == 't' ? HELD : NOT_HELD;
@@ -257,20 +310,38 @@ static enum said said_of(const struct command *c, const struct statement *s, int
   }
 }
 
-static void conclude(int n) {
+/* Of what has looked whether it is held: the scopes are one there. */
+static void conclude_look(struct known *k, enum said said, int n) {
+  struct known *other = in_other_scope(k);
+  if (other == NULL) return;
+  if (said == NOT_HELD) {
+    other->denied = n;
+    other->disproved = true;
+  } else if (said == HELD)
+    other->disproved = false;
+}
+
+static void conclude(int n, PGTransactionStatusType status) {
   const struct command *c = &commands[n];
-  for (const struct statement *s = c->statements; s < c->statements + c->count; s++)
+  told_failed = status == PQTRANS_INERROR;
+  if (status == PQTRANS_IDLE) idle = n;
+  for (int i = 0; status == PQTRANS_IDLE && i < known_count; i++)
+    if (known[i].transaction) known[i].believed = false;
+  for (const struct statement *s = c->statements; s < c->statements + c->count; s++) {
+    if (s->kind == ROLLBACK_TO && !c->failed) gone_back = n;
     for (int i = 0; i < s->on.count; i++) {
       struct known *k = s->on.keys[i];
       enum said said = said_of(c, s, i);
       if (said != NOTHING) k->denied = said == NOT_HELD ? n : -1;
+      if (s->kind == LOOK) conclude_look(k, said, n);
       if (k->given_up >= n) continue;
       if (said == HELD) {
-        k->believed = true;
+        k->believed = !k->transaction || status != PQTRANS_IDLE;
         k->disproved = false;
       } else if (said == NOT_HELD && s->kind == LOOK)
         k->disproved = true;
     }
+  }
 }
 
 /* ---- libpq, watched -------------------------------------------------------------------- */
@@ -378,10 +449,12 @@ PGresult *__wrap_PQgetResult(PGconn *pg) {
         PQresultErrorMessage(result));
   switch (PQresultStatus(result)) {
   case PGRES_PIPELINE_SYNC:
-    conclude(told);
+    conclude(told, PQtransactionStatus(pg));
     if (told < asked) told++;
     return result;
   case PGRES_COMMAND_OK:
+    c->committed = c->committed || strcmp(PQcmdStatus(result), "COMMIT") == 0;
+    break;
   case PGRES_EMPTY_QUERY:
     break;
   case PGRES_TUPLES_OK:
@@ -641,8 +714,10 @@ static void answer_say(unsigned lie) {
 
 static struct {
   char transaction; /* I, T or E, as ReadyForQuery says */
+  bool users; /* the transaction was begun by the user */
   int savepoints;
-  char prepared[32][32];
+  char savepoint[MAX_SAVEPOINTS][32]; /* names */
+  char prepared[64][32];
   int prepared_count;
   unsigned reached; /* of many keys, how many before the one at which a statement fails */
   const char *lie;  /* a value that is no answer, or NULL */
@@ -666,10 +741,29 @@ static bool is_prepared(const char *name) {
   return false;
 }
 
+/* What was taken behind a savepoint and all after it goes, or counts as taken before it. */
+static void leave_level(int level, bool keeps) {
+  for (struct known *k = known; k < known + known_count; k++)
+    for (int i = level; i <= MAX_SAVEPOINTS; i++) {
+      if (keeps && level > 0) k->at[level - 1] += k->at[i];
+      k->at[i] = 0;
+    }
+}
+
+/* An error ends what was begun last: the transaction, or all since the last savepoint. */
 static bool fail(const char *sqlstate) {
   put_error('E', "ERROR", sqlstate);
-  if (server.transaction == 'T') server.transaction = 'E';
+  if (server.transaction != 'T') return false;
+  server.transaction = 'E';
+  leave_level(server.savepoints, false);
   return false;
+}
+
+static void end_transaction(void) {
+  leave_level(0, false);
+  server.transaction = 'I';
+  server.users = false;
+  server.savepoints = 0;
 }
 
 static const char *sqlstate_of(enum outcome outcome) {
@@ -707,19 +801,28 @@ static int reach(const struct statement *s, enum outcome outcome) {
   return all ? s->on.count : (int)server.reached % s->on.count;
 }
 
+/* Outside a transaction what has its scope ends with the statement. */
+static void take(struct known *k) {
+  if (!k->transaction)
+    k->held++;
+  else if (server.transaction == 'T')
+    k->at[server.savepoints]++;
+}
+
 static bool answer_lock(const struct statement *s, enum outcome outcome) {
   struct known *const *keys = s->on.keys;
   int n = reach(s, outcome);
+  bool refused = false;
   if (outcome == REFUSAL) {
-    while (n < s->on.count && keys[n]->held > 0) n++; /* its own lock does not hinder it */
-    if (n == s->on.count)
-      outcome = SUCCESS;
-    else if (s->kind == TRY_LOCK)
-      return row(16, "f"); /* those before have been let go */
+    while (n < s->on.count && is_shown(keys[n])) n++; /* its own lock does not hinder it */
+    refused = n < s->on.count && s->kind == TRY_LOCK;
+    if (n == s->on.count || refused) outcome = SUCCESS;
+    if (refused && !keys[0]->transaction) n = 0; /* those before have been let go */
   }
-  for (int i = 0; i < n; i++) keys[i]->held++;
+  for (int i = 0; i < n; i++) take(keys[i]);
   if (outcome != SUCCESS) return fail(sqlstate_of(outcome));
-  return s->kind == TRY_LOCK || s->array ? row(16, "t") : row(2278, "");
+  if (refused) return row(16, "f");
+  return s->kind == TRY_LOCK || s->array || s->boolean ? row(16, "t") : row(2278, "");
 }
 
 static bool answer_unlock(const struct statement *s, enum outcome outcome) {
@@ -728,22 +831,63 @@ static bool answer_unlock(const struct statement *s, enum outcome outcome) {
   char marks[MAX_SET + 1] = "";
   for (int i = 0; i < n; i++) {
     struct known *k = s->on.keys[i];
-    marks[i] = k->held > 0 ? 't' : 'f';
+    marks[i] = (s->kind == LOOK ? is_shown(k) : k->held > 0) ? 't' : 'f';
     if (s->kind == LOOK) continue;
     if (k->held > 0)
       k->held--;
-    else if (s->kind == UNLOCK)
+    else if (s->kind == UNLOCK || is_shown(k))
       put_error('N', "WARNING", "01000");
   }
   return fails ? fail("57014") : row(s->array ? 25 : 16, marks);
 }
 
-/* False: it failed, and the server skips what follows up to the Sync. */
-static bool answer_statement(const struct statement *s, enum outcome outcome) {
+/* The level of the savepoint; 0: there is none of that name. */
+static int savepoint_level(const struct statement *s) {
+  int level = server.savepoints;
+  while (level > 0 && strcmp(server.savepoint[level - 1], s->name) != 0) level--;
+  return level;
+}
+
+static bool answer_end(const struct statement *s, enum outcome outcome) {
+  bool commits = s->kind == COMMIT && server.transaction != 'E';
+  if (outcome == CANCEL_BEFORE) return fail("57014"); /* it stays open, and has failed */
+  if (s->chain && server.transaction == 'I') return fail("25P01");
+  if (commits && outcome == FAILURE && server.transaction == 'T') { /* of a deferred constraint */
+    end_transaction();
+    return fail("23505");
+  }
+  end_transaction();
+  if (s->chain) server.transaction = 'T';
+  server.users = s->chain;
+  return done(commits ? "COMMIT" : "ROLLBACK");
+}
+
+static bool answer_savepoint(const struct statement *s, enum outcome outcome) {
+  int level = savepoint_level(s);
+  bool ours = strcmp(s->name, "pglocks") == 0;
+  if (s->kind == SAVEPOINT) {
+    if (server.transaction != 'T') return fail("25P01");
+    if (server.savepoints == (ours ? MAX_SAVEPOINTS : MAX_SAVEPOINTS / 2)) return fail("XX000");
+    snprintf(server.savepoint[server.savepoints++], 32, "%s", s->name);
+    return done("SAVEPOINT");
+  }
+  if (outcome == CANCEL_BEFORE && s->kind == ROLLBACK_TO) return fail("57014");
+  if (run.honest && level == 0 && ours && server.transaction == 'T')
+    finding("the client goes back to a savepoint that it has not");
+  if (level == 0) return fail("3B001");
+  leave_level(level, s->kind == RELEASE_SAVEPOINT);
+  server.savepoints = level - (s->kind == RELEASE_SAVEPOINT);
+  if (s->kind == RELEASE_SAVEPOINT) return done("RELEASE");
+  server.transaction = 'T';
+  return done("ROLLBACK");
+}
+
+/* False: it failed, and the server skips what follows up to the Sync. `alone`: in its command. */
+static bool answer_statement(const struct statement *s, enum outcome outcome, bool alone) {
   if (s->kind == PREPARE) {
     if (is_prepared(s->name)) return fail("42P05");
     if (server.transaction == 'E') return fail("25P02");
-    snprintf(server.prepared[server.prepared_count++ % 32], 32, "%s", s->name);
+    snprintf(server.prepared[server.prepared_count++ % 64], 32, "%s", s->name);
     put('1');
     return true;
   }
@@ -765,29 +909,24 @@ static bool answer_statement(const struct statement *s, enum outcome outcome) {
     if (outcome == CANCEL_BEFORE) return fail("57014");
     for (int i = 0; i < known_count; i++) known[i].held = 0;
     return row(2278, "");
-  case BEGIN:
+  case BEGIN: /* a lock's own comes with the lock */
+    if (server.transaction == 'I') server.users = alone;
     server.transaction = 'T';
     return done("BEGIN");
   case COMMIT:
-  case ROLLBACK: {
-    bool commits = s->kind == COMMIT && server.transaction != 'E';
-    server.transaction = 'I';
-    server.savepoints = 0;
-    return done(commits ? "COMMIT" : "ROLLBACK");
-  }
+  case ROLLBACK:
+    return answer_end(s, outcome);
   case SAVEPOINT:
-    if (server.transaction != 'T') return fail("25P01");
-    server.savepoints++;
-    return done("SAVEPOINT");
   case ROLLBACK_TO:
-    if (outcome == CANCEL_BEFORE) return fail("57014");
-    if (server.savepoints == 0) return fail("3B001");
-    server.transaction = 'T';
-    return done("ROLLBACK");
   case RELEASE_SAVEPOINT:
-    if (server.savepoints == 0) return fail("3B001");
-    server.savepoints--;
-    return done("RELEASE");
+    return answer_savepoint(s, outcome);
+  case TOKEN:
+    if (outcome == CANCEL_BEFORE || outcome == FAILURE) return fail(sqlstate_of(outcome));
+    return row(1700, outcome == REFUSAL ? NULL : "42"); /* NULL: without fsync */
+  case NOTHING_AT_ALL:
+    put('n');
+    put('I');
+    return true;
   default:
     if (outcome == CANCEL_BEFORE || outcome == FAILURE) return fail(sqlstate_of(outcome));
     return row(23, "1");
@@ -805,7 +944,7 @@ static bool answer_command(enum outcome outcome, unsigned lie) {
   if (answered >= received) return false;
   answered++;
   server.lie = !run.honest && (lie & 3) == 3 ? any_values[(lie >> 2) % ANY_VALUES] : NULL;
-  for (int i = 0; i < c->count && answer_statement(&c->statements[i], outcome); i++) {}
+  for (int i = 0; i < c->count && answer_statement(&c->statements[i], outcome, c->count == 1); i++) {}
   message_begin('Z');
   status = server.transaction;
   message_add(&status, 1);
@@ -1034,7 +1173,7 @@ static void push_call(int table, const char *name) {
   lua_pushvalue(L, CONNECTION);
 }
 
-static struct known *known_key(int key, bool shared) {
+static struct known *known_key(int key, bool shared, bool transaction) {
   lua_Integer classid, objid, objsubid;
   lua_getfield(L, key, "classid");
   lua_getfield(L, key, "objid");
@@ -1043,13 +1182,22 @@ static struct known *known_key(int key, bool shared) {
   objid = lua_tointeger(L, -2);
   objsubid = lua_tointeger(L, -1);
   lua_pop(L, 3);
-  return know((uint32_t)classid, (uint32_t)objid, (int)objsubid, shared);
+  return know((uint32_t)classid, (uint32_t)objid, (int)objsubid, shared, transaction);
 }
 
+/* The client has heard all that there is to hear, and is at nothing. */
+static bool is_settled(void) { return !run.busy && told == asked && peer >= 0; }
+
 static void must_be_held(const char *who, const struct known *k) {
-  if (!k->believed || (k->disproved && !run.busy))
-    finding("%s says held of a lock that was not granted: %u %u %d%s", who, k->classid, k->objid,
-            k->objsubid, k->shared ? " shared" : "");
+  const char *why = !k->believed                                                ? "was not granted"
+                    : k->disproved && !run.busy                                 ? "is not there"
+                    : k->transaction && ended >= k->wanted && !run.busy         ? "was to end"
+                    : k->transaction && told_failed && is_settled()             ? "has failed"
+                    : run.honest && is_settled() && counted(k) == 0 ? "the server has not"
+                                                                                : NULL;
+  if (why != NULL)
+    finding("%s says held of a lock that %s: %u %u %d%s%s", who, why, k->classid, k->objid,
+            k->objsubid, k->shared ? " shared" : "", k->transaction ? " of the transaction" : "");
 }
 
 static void all_must_be_held(const char *who, const struct set *set) {
@@ -1059,14 +1207,16 @@ static void all_must_be_held(const char *who, const struct set *set) {
 /* The keys of the lock at the top. */
 static struct set known_lock(void) {
   struct set set = {.count = 0};
-  bool shared;
+  bool shared, transaction;
   int keys = lua_gettop(L) + 1;
   lua_getfield(L, -1, "keys");
   lua_getfield(L, -2, "shared");
   shared = lua_toboolean(L, -1);
+  lua_getfield(L, -3, "scope");
+  transaction = strcmp(lua_tostring(L, -1), "transaction") == 0;
   for (int i = 1; i <= (int)lua_rawlen(L, keys); i++) {
     lua_rawgeti(L, keys, i);
-    add(&set, known_key(lua_gettop(L), shared));
+    add(&set, known_key(lua_gettop(L), shared, transaction));
   }
   if (set.count == 0) finding("a lock without keys");
   lua_settop(L, keys - 1);
@@ -1119,11 +1269,20 @@ static bool is_refusal(const char *code) {
 
 /* The last word about every key that was asked for since command `since` must be that it is not
  * held. */
-static void must_be_denied(const char *who, int since) {
+static void must_be_denied(const char *who, const char *code, int since) {
   bool any = false;
+  for (int i = since; i < asked; i++) any = any || commands[i].statements[0].kind == TOKEN ||
+                                            (commands[i].count > 1 && commands[i].statements[1].kind == TOKEN);
   for (const struct known *k = known; k < known + known_count; k++) {
-    any = any || k->denied >= since;
-    if (k->wanted >= since && k->denied < k->wanted)
+    int denied = k->denied;
+    if (k->transaction) {
+      if (denied < ended) denied = ended;
+      if (denied < idle) denied = idle;
+      if (denied < gone_back) denied = gone_back;
+      if (strcmp(code, "interrupted") == 0) denied = k->wanted; /* may stay */
+    }
+    any = any || denied >= since;
+    if (k->wanted >= since && denied < k->wanted)
       finding("%s says refused of a lock that was not denied: %u %u %d%s", who, k->classid,
               k->objid, k->objsubid, k->shared ? " shared" : "");
   }
@@ -1201,7 +1360,7 @@ static void push_keys(unsigned which) {
     }
 }
 
-static void push_options(unsigned what) {
+static void push_options(unsigned what, unsigned slot) {
   static const double timeouts[] = {0, 0.5, 1000};
   lua_createtable(L, 0, 3);
   lua_pushboolean(L, (what & 1) != 0);
@@ -1212,6 +1371,10 @@ static void push_options(unsigned what) {
   }
   lua_pushboolean(L, (what & 8) != 0);
   lua_setfield(L, -2, "comment");
+  lua_pushstring(L, slot & 8 ? "transaction" : "session");
+  lua_setfield(L, -2, "scope");
+  lua_pushboolean(L, (slot & 24) == 16);
+  lua_setfield(L, -2, "token");
 }
 
 static void acquire(const char *verb, unsigned what) {
@@ -1225,7 +1388,7 @@ static void acquire(const char *verb, unsigned what) {
   push_call(!blocks ? START : attempt ? CORE : CONNECTION_METHODS, name);
   if (many) push_keys(what >> 4);
   else push_key(what >> 4);
-  push_options(what);
+  push_options(what, slot);
   if (blocks) {
     bool was_busy = run.busy;
     run.busy = true;
@@ -1234,7 +1397,8 @@ static void acquire(const char *verb, unsigned what) {
     if (code == NULL && was_busy) finding("%s goes on inside another operation", name);
   } else
     code = complete(name, call(name, 3));
-  if (code != NULL ? is_refusal(code) : !take_lock(attempt, slot)) must_be_denied(name, since);
+  if (code != NULL ? is_refusal(code) : !take_lock(attempt, slot))
+    must_be_denied(name, code != NULL ? code : "timeout", since);
   lua_settop(L, TOP);
 }
 
@@ -1246,20 +1410,32 @@ static bool push_lock(unsigned slot) {
   return false;
 }
 
+/* What was begun since that command was to COMMIT, and has returned true. */
+static void must_be_committed(const char *who, int since) {
+  if (run.commits_deferred) return;
+  for (int i = since; i < told; i++)
+    if (commands[i].committed && !commands[i].failed) return;
+  finding("%s returns true, and nothing was committed", who);
+}
+
 static void release(unsigned slot) {
+  int since = asked;
+  bool transaction, was_busy = run.busy, blocks = slot & 64 && !run.scheduled;
+  const char *code;
   if (!push_lock(slot)) return;
-  if (slot & 64 && !run.scheduled) {
-    bool was_busy = run.busy;
-    lua_getfield(L, LOCK_METHODS, "release");
-    lua_insert(L, -2);
+  lua_getfield(L, -1, "scope");
+  transaction = strcmp(lua_tostring(L, -1), "transaction") == 0;
+  lua_pop(L, 1);
+  lua_getfield(L, blocks ? LOCK_METHODS : START, "release");
+  lua_insert(L, -2);
+  if (blocks) {
     run.busy = true;
-    call("release", 1);
+    code = call("release", 1);
     run.busy = was_busy;
-  } else {
-    lua_getfield(L, START, "release");
-    lua_insert(L, -2);
-    complete("release", call("release", 1));
-  }
+  } else
+    code = complete("release", call("release", 1));
+  if (transaction && code == NULL && lua_gettop(L) == TOP + 1 && lua_toboolean(L, TOP + 1))
+    must_be_committed("release", since);
   lua_settop(L, TOP);
 }
 
@@ -1281,11 +1457,27 @@ static const char *ping(void) {
   return code;
 }
 
+/* The ends of conn:transaction. */
+static void transact(bool commits) {
+  const char *name = commits ? "commit" : "begin";
+  int since = asked;
+  push_call(START, name);
+  if (complete(name, call(name, 1)) == NULL && commits) must_be_committed(name, since);
+  lua_settop(L, TOP);
+}
+
 static void query(unsigned what) {
-  static const char *const sql[] = {"BEGIN",    "SELECT 1", "COMMIT",   "ROLLBACK",
-                                    "SELECT 2", "BEGIN",    "SELECT 3", "long"};
-  const char *text = sql[what % 8];
+  static const char *const sql[] = {
+      "BEGIN",          "SELECT 1",        "COMMIT",      "ROLLBACK",
+      "SELECT 2",       "BEGIN",           "SELECT 3",    "long",
+      "SAVEPOINT a",    "ROLLBACK TO a",   "SAVEPOINT b", "ROLLBACK TO b",
+      "RELEASE a",      "ROLLBACK AND CHAIN", "RELEASE b",   "COMMIT AND CHAIN"};
+  const char *text = sql[what % 8 + (what & 32 ? 8 : 0)];
   const char *name = what & 8 ? "execute" : "query";
+  if (what & 64) {
+    transact(what & 1);
+    return;
+  }
   push_call(START, name);
   if (what & 8) what & 16 ? lua_pushnumber(L, -1) : lua_pushnil(L);
   if (strcmp(text, "long") == 0) {
@@ -1310,8 +1502,10 @@ static const bool *locks(void) {
     struct known *k;
     lua_rawgeti(L, TOP + 1, i);
     lua_getfield(L, -1, "mode");
-    lua_getfield(L, -2, "key");
-    k = known_key(lua_gettop(L), strcmp(lua_tostring(L, -2), "shared") == 0);
+    lua_getfield(L, -2, "scope");
+    lua_getfield(L, -3, "key");
+    k = known_key(lua_gettop(L), strcmp(lua_tostring(L, -3), "shared") == 0,
+                  strcmp(lua_tostring(L, -2), "transaction") == 0);
     must_be_held("locks()", k);
     listed[k - known] = true;
     lua_settop(L, TOP + 1);
@@ -1433,9 +1627,13 @@ static void instruct(void) {
   case 18:
     call_simple(CORE, "rollback");
     break;
-  case 19:
-    configure("deferred", input_byte() & 1);
+  case 19: {
+    unsigned what = input_byte();
+    configure("deferred", what & 1);
+    run.commits_deferred = run.commits_deferred || (what & 2);
+    if (what & 2) configure("commits_deferred", what & 4);
     break;
+  }
   case 20:
     if (run.busy && !run.blocks) abandon();
     break;
@@ -1472,7 +1670,11 @@ static void instruct(void) {
     answer_command(SUCCESS, 0);
     break;
   case 33: /* somebody unlocks what the client holds, which an honest server does not do */
-    if (!run.honest && known_count > 0) known[input_byte() % (unsigned)known_count].held = 0;
+    if (!run.honest && known_count > 0) {
+      struct known *k = &known[input_byte() % (unsigned)known_count];
+      k->held = 0;
+      memset(k->at, 0, sizeof k->at);
+    }
     answer_command(SUCCESS, 0);
     break;
   case 34:
@@ -1567,25 +1769,47 @@ static void connect_client(bool scripted) {
   lua_settop(L, TOP);
 }
 
-/* In the end both sides must agree. */
+/* False: the session is over. */
+static bool settle(void) {
+  for (int i = 0; i < 3; i++)
+    if (ping() != NULL || peer < 0) return false;
+  return true;
+}
+
+static void compare_locks(void) {
+  const bool *listed = locks();
+  for (int i = 0; i < known_count; i++) {
+    const struct known *k = &known[i];
+    if (listed[i] != (counted(k) > 0) || k->held > 1)
+      finding("%u %u %d%s%s: the client says %s, the server counts %d", k->classid, k->objid,
+              k->objsubid, k->shared ? " shared" : "", k->transaction ? " of the transaction" : "",
+              listed[i] ? "held" : "not held", counted(k));
+  }
+}
+
+/* In the end both sides must agree: in a transaction that has not failed; after that of the user's; and
+ * when there is no lock any more, nor a transaction that one has begun. */
 static void compare(void) {
-  const bool *listed;
   threads_refused = deaf = false;
+  if (!settle()) return;
   push_call(CORE, "in_transaction");
   call("in_transaction", 1);
-  if (lua_toboolean(L, TOP + 1)) {
-    lua_settop(L, TOP);
-    query(3);
-  }
+  if (lua_toboolean(L, TOP + 1) != (server.transaction != 'I'))
+    finding("the client takes the state of the transaction for another than %c", server.transaction);
   lua_settop(L, TOP);
-  for (int i = 0; i < 3; i++)
-    if (ping() != NULL || peer < 0) return;
-  listed = locks();
-  for (int i = 0; i < known_count; i++)
-    if (listed[i] != (known[i].held > 0) || known[i].held > 1)
-      finding("%u %u %d%s: the client says %s, the server counts %d", known[i].classid,
-              known[i].objid, known[i].objsubid, known[i].shared ? " shared" : "",
-              listed[i] ? "held" : "not held", known[i].held);
+  if (server.transaction == 'T' && server.savepoints == 0) compare_locks();
+  if (server.transaction != 'I' && server.users) {
+    query(3);
+    if (!settle()) return;
+  }
+  if (server.transaction == 'I') compare_locks();
+  lua_newtable(L);
+  lua_replace(L, LOCKS);
+  lua_gc(L, LUA_GCCOLLECT);
+  lua_gc(L, LUA_GCCOLLECT);
+  if (!settle()) return;
+  if (server.transaction != 'I') finding("a transaction is left open, in state %c", server.transaction);
+  compare_locks();
 }
 
 /* Files that are open now and were not at the end of the first run, which has opened what the
@@ -1643,6 +1867,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   memset(commands, 0, sizeof *commands);
   server.transaction = 'I';
   known_count = asked = received = answered = told = thread_count = 0;
+  ended = idle = gone_back = -1;
+  told_failed = false;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = false;
