@@ -1191,7 +1191,8 @@ static bool is_settled(void) { return !run.busy && told == asked && peer >= 0; }
 static void must_be_held(const char *who, const struct known *k) {
   const char *why = !k->believed                                                ? "was not granted"
                     : k->disproved && !run.busy                                 ? "is not there"
-                    : k->transaction && ended >= k->wanted && !run.busy         ? "was to end"
+                    : k->transaction && ended >= told && ended >= k->wanted && !run.busy
+                        ? "is to end"
                     : k->transaction && told_failed && is_settled()             ? "has failed"
                     : run.honest && is_settled() && counted(k) == 0 ? "the server has not"
                                                                                 : NULL;
@@ -1803,8 +1804,10 @@ static void compare(void) {
     if (!settle()) return;
   }
   if (server.transaction == 'I') compare_locks();
-  lua_newtable(L);
-  lua_replace(L, LOCKS);
+  for (int slot = 1; slot <= MAX_LOCKS; slot++) {
+    lua_pushnil(L);
+    lua_rawseti(L, LOCKS, slot);
+  }
   lua_gc(L, LUA_GCCOLLECT);
   lua_gc(L, LUA_GCCOLLECT);
   if (!settle()) return;

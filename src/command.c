@@ -587,6 +587,7 @@ static void command_lands(const struct command *c) {
 
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
+  bool undecided = c->commits && !c->committed && !c->answer.failed;
   if (c->commits && c->abandoned && c->answer.failed) {
     s->release_failure = c->answer.failure;
     s->release_key = c->key;
@@ -602,6 +603,7 @@ static void command_answered(struct session *s, struct command *c) {
     if (!c->trails && c->answer.failed) s->op.answer.failure = c->answer.failure;
   }
   command_recycle(s, c);
+  if (undecided) session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   if (fatal)
     session_lose(s, LOST, c->answer.failure.sqlstate, c->answer.failure.message);
 }
@@ -624,6 +626,7 @@ static void take_result(struct session *s, PGresult *result) {
     /* fall through */
   case PGRES_COMMAND_OK:
   case PGRES_EMPTY_QUERY:
+    c->committed = strcmp(PQcmdStatus(result), "COMMIT") == 0;
     if (c->commits && strcmp(PQcmdStatus(result), "ROLLBACK") == 0) {
       failure_set(&c->answer.failure, ABORTED_TRANSACTION, "", ROLLED_BACK_MESSAGE);
       c->answer.failed = true;

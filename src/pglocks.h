@@ -229,6 +229,7 @@ struct command {
   bool trails;    /* the operation waits for its answer, and does not care what that is */
   bool draws;     /* a token */
   bool commits;   /* abandoned: on_lost is told when it fails, of the lock on `key` */
+  bool committed; /* the server said so */
   struct key key;
   int statement;  /* that it executes, or -1 */
   int results;    /* seen so far */
