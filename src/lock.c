@@ -365,10 +365,17 @@ static void let_go(struct session *s) {
   recover(s, GUARD);
 }
 
-/* Interrupted when it was granted. What has joined the user's transaction cannot be let go. */
+/* Of a try of many inside the user's transaction. */
+static bool keeps_savepoint(const struct operation *op) {
+  return op->timeout == 0 && op->asked.count > 1 && op->asked.first->transaction && !op->begins;
+}
+
+/* Interrupted when it was granted. What has joined the user's transaction cannot be let go, unless its
+ * savepoint is still there. */
 static void interrupted(struct session *s) {
   struct operation *op = &s->op;
-  bool stays = op->lock->transaction && !op->begins && op->state != KEEP;
+  bool stays = op->lock->transaction && !op->begins &&
+               !(op->state == MAIN && keeps_savepoint(op));
   failure_set(&op->failure, INTERRUPTED, "", "interrupted%s",
               stays ? "; the lock is held until the transaction ends" : "");
   if (stays) {
@@ -408,11 +415,6 @@ static void drawn(struct session *s) {
   let_go(s);
 }
 
-/* Of a try of many inside the user's transaction. */
-static bool keeps_savepoint(const struct operation *op) {
-  return op->timeout == 0 && op->asked.count > 1 && op->asked.first->transaction && !op->begins;
-}
-
 static void acquire_advance(struct session *s) {
   struct operation *op = &s->op;
   if (settling(s)) return;
@@ -444,10 +446,10 @@ static void acquire_advance(struct session *s) {
       let_go(s);
     else
       refused(s);
-  } else if (keeps_savepoint(op)) {
-    go(s, KEEP);
   } else if (op->interrupted)
     interrupted(s);
+  else if (keeps_savepoint(op))
+    go(s, KEEP);
   else
     granted(s);
 }
