@@ -481,6 +481,9 @@ static int acquire_finish(lua_State *L, struct session *s) {
   enum demand demand = (enum demand)op->demand;
   bool waited = op->timeout > 0;
   take_pending(L, lock);
+  if (op->failure.code == NO_ERROR && lock->transaction && s->rollback_due)
+    failure_set(&op->failure, ABORTED_TRANSACTION, "",
+                "the lock that began the transaction was let go: it is rolled back");
   if (op->failure.code != NO_ERROR) uncount(s, lock);
   if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
     operation_drop(s);
@@ -1004,9 +1007,13 @@ static void release_begin(struct session *s, struct lock *lock) {
 
 /* ---- check ----------------------------------------------------------------------------- */
 
+enum { CHECK_OF_SESSION, CHECK_OF_JOINED };
+
 static void check_advance(struct session *s) { settling(s); }
 
 static int check_finish(lua_State *L, struct session *s) {
+  if (s->op.failure.code == NO_ERROR && s->op.demand == CHECK_OF_JOINED && s->rollback_due)
+    failure_set(&s->op.failure, NOT_HELD, "", "this lock is not held");
   operation_end(L, s);
   lua_pushboolean(L, 1);
   return 1;
@@ -1020,6 +1027,7 @@ static void check_begin(struct session *s, struct lock *lock, double timeout) {
   op->key = lock->members[0].key;
   op->has_key = !lock->many;
   op->guard = GUARD_LOOK;
+  op->demand = lock->transaction ? CHECK_OF_JOINED : CHECK_OF_SESSION;
   if (lock_state(lock) == LOCK_HELD && s->state == SESSION_LOST)
     operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
   else if (lock_state(lock) == LOCK_LOST)
