@@ -334,6 +334,7 @@ static void conclude(int n, PGTransactionStatusType status) {
       enum said said = said_of(c, s, i);
       if (said != NOTHING) k->denied = said == NOT_HELD ? n : -1;
       if (s->kind == LOOK) conclude_look(k, said, n);
+      if (k->transaction && c->failed) k->denied = n; /* what has failed has ended with all it took */
       if (k->given_up >= n) continue;
       if (said == HELD) {
         k->believed = !k->transaction || status != PQTRANS_IDLE;
