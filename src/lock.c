@@ -381,8 +381,12 @@ static void interrupted(struct session *s) {
   if (stays) {
     count_members(s, op->lock);
     refused(s);
-  } else
+  } else if (op->lock->transaction)
     let_go(s);
+  else { /* the statement has ended well: there is no savepoint to go back to */
+    op->guard = GUARD_UNLOCK;
+    go(s, GUARD);
+  }
 }
 
 /* What was drawn in a statement that failed may be lost in a crash, and so be drawn again. */
