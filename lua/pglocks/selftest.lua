@@ -75,7 +75,7 @@ local function ask(test, conn) note(test, conn, execute(conn, ASK)) end
 -- In the place of the handshake of a connection for locks, which would refuse.
 local function greet_first(test, conn, options, seconds, keywords)
   local told = conn.backend_pid
-  core.configure(conn, { pooled = true, backend_pid = NOBODY })
+  core.configure(conn, { pooled = "session", backend_pid = NOBODY })
   local row = scheduled.execute(conn, seconds, ASK)[1]
   test.server_version, test.standby = conn.server_version, row.standby
   if row.standby and not options.allow_standby then -- another host may be none
@@ -88,7 +88,7 @@ local function greet_first(test, conn, options, seconds, keywords)
 end
 
 local function greet_second(test, conn, _, seconds)
-  core.configure(conn, { pooled = true, backend_pid = NOBODY })
+  core.configure(conn, { pooled = "session", backend_pid = NOBODY })
   test.waits = true
   local row = scheduled.execute(conn, seconds, ASK)[1]
   test.waits = false
