@@ -54,8 +54,12 @@ function pooler.start(databases, settings)
   file:close()
   local pid = server.shell("sh -c '%s -q %s/conf >%s/said 2>&1 & echo $!'", PROGRAM, folder, folder)
   running = { folder = folder, pid = tonumber(pid) }
+  -- Its socket is there before anybody listens. The name is that of its console, which opens no session.
   wait_until("pgbouncer", function()
-    return support.shell(("test -S %s/.s.PGSQL.%d && echo yes"):format(folder, PORT)) == "yes\n"
+    local conn = support.core.start.connect(support.core.conninfo(pooler.conninfo "pgbouncer"), 5)
+    local ok, err = support.complete(conn)
+    conn:close()
+    return ok or not support.core.is_transient(err.message)
   end)
 end
 
