@@ -184,6 +184,7 @@ for way, options in pairs { ["a Unix socket"] = {}, TLS = over_network { sslmode
       refuses(conn.lock, conn, "y")
       refuses(conn.query, conn, "SELECT 1")
       refuses(conn.ping, conn)
+      refuses(conn.all_locks, conn)
       if lock then
         refuses(lock.release, lock)
         refuses(lock.check, lock)
@@ -238,6 +239,19 @@ for way, options in pairs { ["a Unix socket"] = {}, TLS = over_network { sslmode
       assert.equal(0, process.wait(child))
       assert.is_true(lock:check())
       assert.same({ nil, "busy" }, { support.connect():try_lock "x" })
+      assert.is_true(lock:release())
+    end)
+
+    it("row 19, holding: the child knows none of its parent's names", function()
+      local lock = connect():lock "x"
+      local child = in_child(function()
+        local own = pglocks.connect(support.conninfo)
+        local list = own:all_locks()
+        assert(#list == 1 and list[1].name == nil)
+        own:close()
+      end)
+      assert.equal(0, process.wait(child))
+      assert.equal("x", support.connect():all_locks()[1].name)
       assert.is_true(lock:release())
     end)
 
