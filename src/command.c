@@ -391,16 +391,19 @@ void command_token(struct session *s) {
   command_end(s, c, prepare(s, c, TOKEN, &p) && send_statement(s, TOKEN, NULL, &p));
 }
 
+static void add_markers(struct parameters *p, struct session *s, const struct key *markers, int count) {
+  char *to = pack_head(s, count);
+  for (int i = 0; i < count; i++) to = pack_key(to, &markers[i]);
+  add_binary(p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(count));
+}
+
 void command_announce(struct session *s, const struct key *markers, int count, bool awaited) {
   struct parameters p = {.n = 0};
   struct command *c = command_begin(s);
-  char *to;
   if (c == NULL) return;
   c->abandoned = !awaited;
   c->trails = awaited;
-  to = pack_head(s, count);
-  for (int i = 0; i < count; i++) to = pack_key(to, &markers[i]);
-  add_binary(&p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(count));
+  add_markers(&p, s, markers, count);
   command_end(s, c, prepare(s, c, ANNOUNCEMENT, &p) && send_statement(s, ANNOUNCEMENT, NULL, &p));
 }
 
@@ -420,7 +423,8 @@ void command_unlisten(struct session *s, const struct key *marker) {
   struct command *c = command_begin(s);
   if (c == NULL) return;
   c->abandoned = true;
-  command_end(s, c, send_about_channel(s, "UNLISTEN", marker));
+  command_end(s, c, marker == NULL ? send_sql(s, "UNLISTEN *")
+                                   : send_about_channel(s, "UNLISTEN", marker));
 }
 
 void command_guard(struct session *s, enum guard guard, const struct chain *chain) {
@@ -448,18 +452,22 @@ void command_simple(struct session *s, const char *first, const char *second) {
   command_end(s, c, send_sql(s, first) && (second == NULL || send_sql(s, second)));
 }
 
+/* All in one message: the server has read it before it can see that the socket was closed. */
 void command_unlock_all(struct session *s) {
+  struct parameters p = {.n = 0};
+  struct command *c = command_begin(s);
   char own[SQL_SIZE];
-  const char *unlock =
-      s->pooling == TRANSACTION_POOLING
-          ? NULL
-          : in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own);
-  if (s->in_transaction)
-    command_simple(s, "ROLLBACK", unlock);
-  else if (unlock != NULL)
-    command_simple(s, unlock, NULL);
-  else
-    command_sync(s);
+  bool written;
+  if (c == NULL) return;
+  written = (!s->in_transaction || send_sql(s, "ROLLBACK")) &&
+            (s->pooling == TRANSACTION_POOLING ||
+             send_sql(s, in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own)));
+  if (written && s->announced > 0) {
+    add_markers(&p, s, s->announcements, s->announced);
+    written = send_unprepared(s, NULL, statements[ANNOUNCEMENT].sql, &p);
+  }
+  s->announced = 0;
+  command_end(s, c, written);
 }
 
 void command_begin_transaction(struct session *s) {
@@ -505,6 +513,7 @@ void command_rollback(struct session *s) {
   if (s->pg == NULL) return;
   transaction_ended(s);
   holdings_settle(s);
+  if (s->op.kind == NULL) notify_settle(s);
 }
 
 enum { LIBPQ_READS = 8192 };

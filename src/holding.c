@@ -64,6 +64,7 @@ struct holding *holding_get(struct session *s, const struct key *key, bool share
   h->key = *key;
   h->shared = shared;
   h->transaction = transaction;
+  h->internal = false;
   h->generation = ++s->generations;
   *at = h;
   s->holding_count++;
@@ -91,6 +92,13 @@ void holding_left(struct session *s, struct holding *h, double now) {
     if (marker_of(&h->key, &marker)) announce(s, &marker);
   }
   h->announces = ANNOUNCES_NOTHING; /* again */
+}
+
+void holdings_leave(struct session *s) {
+  double now = monotonic_now();
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->count > 0) holding_left(s, h, now);
 }
 
 void holding_lost(struct session *s, struct holding *h) {

@@ -82,7 +82,7 @@ static size_t holdings_list(const struct session *s, struct listed *to, char *na
   for (size_t i = 0; i < s->bucket_count; i++)
     for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next) {
       /* What a failed transaction holds still cannot be asked. */
-      if (h->count == 0 || (h->transaction && s->transaction_failed)) continue;
+      if (h->count == 0 || h->internal || (h->transaction && s->transaction_failed)) continue;
       if (to != NULL) {
         struct listed one = {h->key,   h->shared,     h->transaction, h->has_name,
                              h->count, *names_length, h->name_length};
@@ -969,7 +969,7 @@ static void release_now(struct session *s, struct lock *lock) {
   lock_leave(s, lock, &chain);
   if (ends) rollback_now(s);
   if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
-  if (s->op.kind == NULL && !s->in_transaction) announcements_send(s, false);
+  if (s->op.kind == NULL) notify_settle(s);
 }
 
 /* The session must be free. */
@@ -1307,6 +1307,9 @@ static int exchange(lua_State *L) {
   bool shared = lock->shared;
   for (size_t i = 0; held && i < lock->count; i++) {
     struct member *a = &lock->members[i], *b = &other->members[i], kept = *a;
+    /* Only for conn:locks(): without memory for it the name is missing there. */
+    if (a->name != NULL && !b->holding->has_name)
+      holding_set_name(b->holding, a->name, a->name_length);
     a->holding = b->holding;
     a->generation = b->generation;
     b->holding = kept.holding;
@@ -1337,22 +1340,26 @@ static int holds(lua_State *L) {
   return 1;
 }
 
-/* annotate(lock, { waited =, slot =, announces = }): announces: the marker to announce the end of the
- * lock with, however soon that comes; false: it is not announced. */
+/* annotate(lock, { waited =, slot =, announces =, internal = }): announces: the marker to announce the end
+ * of the lock with, however soon that comes; false: it is not announced. internal: it is in no list. */
 static int annotate(lua_State *L) {
   struct lock *lock = lock_check(L);
   const struct key *marker;
+  bool internal;
   luaL_checktype(L, 2, LUA_TTABLE);
   lua_getfield(L, 2, "waited");
   if (!lua_isnil(L, -1)) lock->waited = luaL_checknumber(L, -1);
   lua_getfield(L, 2, "slot");
   if (!lua_isnil(L, -1)) lock->slot = (int)luaL_checkinteger(L, -1);
+  lua_getfield(L, 2, "internal");
+  internal = lua_toboolean(L, -1);
   lua_getfield(L, 2, "announces");
-  if (lua_isnil(L, -1)) return 0;
   marker = key_test(L, -1);
   for (size_t i = 0; i < lock->count; i++) {
     struct holding *h = lock->members[i].holding;
     if (member_lost(&lock->members[i])) continue;
+    if (internal) h->internal = true;
+    if (lua_isnil(L, -1)) continue;
     h->announces = marker != NULL ? ANNOUNCES_OTHER : ANNOUNCES_NOTHING;
     if (marker != NULL) h->announced = *marker;
   }

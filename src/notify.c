@@ -25,14 +25,22 @@ void announcements_send(struct session *s, bool awaited) {
   command_announce(s, s->announcements, count, awaited);
 }
 
+void notify_settle(struct session *s) {
+  if (s->state != SESSION_OPEN || s->in_transaction) return;
+  if (s->unlisten_due) command_unlisten(s, NULL);
+  s->unlisten_due = false;
+  announcements_send(s, false);
+}
+
 /* ---- hearing --------------------------------------------------------------------------- */
 
 static void hearing_advance(struct session *s) {
   struct operation *op = &s->op;
   double until = op->started + op->timeout;
-  if (op->interrupted)
+  if (op->interrupted) {
     operation_done(s, INTERRUPTED, "", "interrupted");
-  else if (s->notified || monotonic_now() >= until)
+    if (s->scheduled) command_nothing(s); /* whose answer wakes the scheduler */
+  } else if (s->notified || monotonic_now() >= until)
     operation_done(s, NO_ERROR, "", NULL);
   else
     op->look_at = until;
@@ -99,11 +107,15 @@ static int start_listen(lua_State *L) {
 
 static int listen(lua_State *L) { return operation_complete(L, listen_begin(L)); }
 
-/* unlisten(conn, marker): without waiting; nothing on a connection that is in use or over. */
+/* unlisten(conn, marker): without waiting. Inside a transaction it would count only if that commits: so
+ * it is put off until the end. */
 static int unlisten(lua_State *L) {
   struct session *s = connection_check(L, 1);
   const struct key *marker = marker_check(L, 2);
-  if (s->state == SESSION_OPEN && s->op.kind == NULL && !session_is_foreign(s))
+  if (s->state != SESSION_OPEN || session_is_foreign(s)) return 0;
+  if (s->op.kind != NULL || s->in_transaction)
+    s->unlisten_due = true;
+  else
     command_unlisten(s, marker);
   return 0;
 }

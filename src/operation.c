@@ -47,7 +47,7 @@ void operation_drop(struct session *s) {
   if (s->rollback_due && s->state == SESSION_OPEN) command_rollback(s);
   /* A transaction that has just ended lets go what could not be released inside it. */
   if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
-  if (!s->in_transaction) announcements_send(s, false);
+  notify_settle(s);
 }
 
 void operation_done(struct session *s, enum code code, const char *sqlstate, const char *format,

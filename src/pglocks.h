@@ -270,12 +270,13 @@ void command_token(struct session *s);
 /* Of so many markers: whoever waits for one hears of it. awaited: the operation ends after that. */
 void command_announce(struct session *s, const struct key *markers, int count, bool awaited);
 void command_listen(struct session *s, const struct key *marker);
-void command_unlisten(struct session *s, const struct key *marker);
+void command_unlisten(struct session *s, const struct key *marker); /* NULL: of all */
 void command_begin_transaction(struct session *s);
 /* told: nobody waits, and on_lost hears of a failure, as of the lock on that key. */
 void command_commit(struct session *s, const struct key *told);
 void command_simple(struct session *s, const char *first, const char *second);
-/* Ends the transaction, if one is open, and lets everything go; sends something in any case. */
+/* Ends the transaction, if one is open, lets everything go, and announces it; sends something in any
+ * case. */
 void command_unlock_all(struct session *s);
 void command_query(struct session *s, const char *sql, int nparams, const char *const *values);
 void command_sync(struct session *s);
@@ -400,6 +401,7 @@ struct session {
   bool joined;              /* there are holdings of the transaction's scope */
   bool rollback_due;        /* as soon as the operation under way is over */
   bool notified;            /* a notification has come since the last operation that waited for one */
+  bool unlisten_due;        /* as soon as no transaction is open */
   int announced;            /* locks let go that are to be announced: their markers */
   struct key announcements[ALWAYS_ROOM_FOR];
   bool commits_deferred;    /* COMMIT is sent, and its answer collected later */
@@ -519,6 +521,8 @@ void announce(struct session *s, const struct key *marker);
 /* Sends what is to be announced, if anything is. In a transaction that goes on it would come only at its
  * end. awaited: when the operation under way is over, nothing of this is left to see. */
 void announcements_send(struct session *s, bool awaited);
+/* Sends that, and what had to wait for a transaction's end, unless one is open. Nobody waits. */
+void notify_settle(struct session *s);
 void notify_open(lua_State *L); /* adds to the module at the top */
 
 /* ---- query.c -------------------------------------------------------------------------- */
@@ -546,6 +550,7 @@ struct holding {
    * whose finalizer it has no memory to call. */
   unsigned long generation; /* of one making, unless the server was found not to hold it */
   double since;             /* monotonic seconds */
+  bool internal;            /* of one who waits, and nothing that a user has taken */
   enum { ANNOUNCES_ITSELF, ANNOUNCES_NOTHING, ANNOUNCES_OTHER } announces;
   struct key announced; /* marker of the other */
   bool has_name;            /* the first lock on it was taken by this name: */
@@ -568,6 +573,8 @@ bool holding_set_name(struct holding *h, const char *name, size_t length);
 void holding_lost(struct session *s, struct holding *h);
 /* The last lock on it has been let go: to be announced, where it was held long enough. */
 void holding_left(struct session *s, struct holding *h, double now);
+/* The session is about to let go of everything. */
+void holdings_leave(struct session *s);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
 void chain_add(struct chain *chain, struct holding *h);

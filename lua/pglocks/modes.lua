@@ -41,6 +41,7 @@ local function change(lock, timeout)
   if not other then return nil end
   if not core.exchange(lock, other) then
     core.let_go(other)
+    check_held(lock)
     core.raise("not_held", "this lock was released meanwhile")
   end
   other:release()
@@ -58,6 +59,8 @@ function core.lock:downgrade()
   check_held(self)
   if self.scope == "transaction" then
     core.raise("server", "a lock of transaction scope stays exclusive until the transaction ends")
+  elseif self.slot then
+    core.raise("server", "a slot of a semaphore stays exclusive: nobody shares it")
   end
   if self.shared or change(self, DOWNGRADE_TIMEOUT) then return true end
   core.raise("timeout", "the server did not grant the shared lock beside our own")

@@ -112,12 +112,8 @@ end
 
 for _, method in ipairs { "lock", "lock_all", "try_lock", "try_lock_all" } do
   local begin = core.start[method]
-  local check = method:find "_all$" and core.check_all or core.check
   core.scheduled.connection[method] = function(conn, key, options)
-    if is_patient(options) then
-      check(key, options)
-      return pass(nil, scheduled.patiently(conn, method, key, options))
-    end
+    if is_patient(options) then return pass(nil, scheduled.patiently(conn, method, key, options)) end
     return pass(nil, call(conn, begin, conn, key, options))
   end
 end

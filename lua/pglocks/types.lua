@@ -594,9 +594,9 @@ function core.let_go(lock) end
 function core.exchange(lock, other) end
 
 --- Sets fields of a lock, and how its end is announced: with the marker of another key, however soon it
---- comes; false: not at all.
+--- comes; false: not at all. internal: it is not listed as held.
 ---@param lock pglocks.lock
----@param notes { waited?: number, slot?: integer, announces?: pglocks.key|false }
+---@param notes { waited?: number, slot?: integer, announces?: pglocks.key|false, internal?: boolean }
 function core.annotate(lock, notes) end
 
 --- What those hold, shared, who wait for a key with strategy = "notify". Its number names their channel.
