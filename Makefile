@@ -121,10 +121,12 @@ contended:
 	@$(MAKE) -s --no-print-directory all
 	@tools/with-postgres tools/contended $(ROUNDS)
 
-# Processes that contend while others strike them and the server: the long form of its spec.
+# Processes that contend while others strike them and the server, and hand over fencing tokens across
+# crashes: the long form of their specs.
 stress: ROUNDS ?= 10000
+stress: STRESS_SPECS = spec/faults/stress_spec.lua spec/faults/token_spec.lua
 stress:
-	@$(MAKE) -s --no-print-directory test SPEC=spec/faults/stress_spec.lua PGLOCKS_STRESS_ROUNDS=$(ROUNDS)
+	@$(MAKE) -s --no-print-directory test SPEC="$(STRESS_SPECS)" PGLOCKS_STRESS_ROUNDS=$(ROUNDS)
 
 sanitizers: build/forget_preload.so $(runtimes:%=build/%/alloc) $(runtimes:%=build/asan-%/pglocks/core.so)
 
@@ -224,7 +226,7 @@ help:
 	@echo "make test-libpq  run those of cancelling and connecting with libpq 18; SPEC=... RUNTIMES=5.4|jit"
 	@echo "make long       the same, with more rounds in those that could always do more"
 	@echo "make contended  repeat the specs of contention until one fails; ROUNDS=200 RUNTIMES=5.4|jit"
-	@echo "make stress     prove mutual exclusion, long; ROUNDS=10000 RUNTIMES=5.4|jit"
+	@echo "make stress     prove mutual exclusion and fencing tokens, long; ROUNDS=10000 RUNTIMES=5.4|jit"
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"

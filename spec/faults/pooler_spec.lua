@@ -116,6 +116,26 @@ describe("a pooler of sessions, said to be one,", function()
     busy:release()
   end)
 
+  it_with_pooler("gives fencing tokens, and refuses them without fsync", function()
+    finally(support.without_fsync)
+    local conn, direct = connect "session", support.connect()
+    if direct:query("SHOW fsync")[1].fsync == "off" then
+      assert_code("server", conn.lock, conn, "x", { token = true })
+      assert.same({}, support.pg_locks())
+    end
+    support.with_fsync()
+    wait_until("fsync", function()
+      return conn:query("SHOW fsync")[1].fsync == "on" and direct:query("SHOW fsync")[1].fsync == "on"
+    end)
+    local last = 0
+    for _, one in ipairs { conn, direct, conn, conn } do
+      local lock = one:lock("x", { token = true })
+      assert.is_true(lock.token > last)
+      last = lock.token
+      lock:release()
+    end
+  end)
+
   it_with_pooler("has locks freed by deferred releases, by close() and by the client's end", function()
     local other = support.connect()
     local conn = connect("session", { release = "deferred" })

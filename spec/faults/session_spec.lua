@@ -257,6 +257,8 @@ describe("a hostile role and schema", function()
     create("pg_is_in_recovery", "bool", "")
     create("set_config", "text", "text, text, bool")
     create("version", "text", "")
+    create("current_setting", "text", "text")
+    create("pg_logical_emit_message", "pg_lsn", "bool, text, text")
     create("count", "int8", "text")
     create("pg_blocking_pids", "int4", "int4")
     create("pg_stat_clear_snapshot", "void", "")
@@ -268,6 +270,7 @@ describe("a hostile role and schema", function()
       { "=", "bool", "text", "text" }, { "<>", "bool", "text", "text" }, { "~~", "bool", "text", "text" },
       { "=", "bool", "name", "name" }, { "=", "bool", "bool", "bool" }, { "=", "bool", "int2", "int2" },
       { "<<", "int8", "int8", "int4" }, { ">>", "int8", "int8", "int4" }, { "|", "int8", "int8", "int8" },
+      { "-", "numeric", "pg_lsn", "pg_lsn" },
     } do
       local name, result, left, right = unpack(operator)
       create("operator" .. i, result, left .. ", " .. right)
@@ -314,6 +317,15 @@ describe("a hostile role and schema", function()
         holds(1)
       end
     end
+  end)
+
+  it("draws fencing tokens of the server's", function()
+    support.with_fsync()
+    finally(support.without_fsync)
+    conn = support.connect { user = "hostile" }
+    local first, second = conn:lock("x", { token = true }), conn:lock("y", { token = true })
+    assert.is_true(second.token > first.token)
+    holds(2)
   end)
 
   it("row 29, holding: holds on", function()

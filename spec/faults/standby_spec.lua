@@ -102,6 +102,23 @@ describe("a hot standby", function()
     assert.is_true(lock:release())
     assert.is_true(beside:lock("x", { timeout = 0 }):release())
   end)
+
+  it_with_servers("with allow_standby has no fencing tokens, and no lock is left then", function()
+    local conn = connect(standby, true)
+    local held = conn:lock "held"
+    for _, take in ipairs {
+      function() return conn:lock("x", { token = true }) end,
+      function() return conn:lock("held", { token = true }) end,
+      function() return conn:try_lock_all({ "held", "x", "y" }, { token = true }) end,
+    } do
+      assert_code("standby", take)
+      assert.equal(1, #conn:locks())
+      assert.equal(1, #conn:query "SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
+    end
+    assert.is_true(held:check())
+    assert.is_true(held:release())
+    assert.is_falsy(support.read(standby.host .. "/log"):find("during recovery", 1, true))
+  end)
 end)
 
 describe("after a promotion", function()
@@ -174,6 +191,28 @@ describe("after a promotion", function()
     assert_code("lost", holder.lock, holder, "x")
     assert.is_true(second:check())
     assert.same({ { "lost", 1 } }, told)
+  end)
+
+  it_with_servers("to a synchronous standby, fencing tokens grow, and the old primary draws none", function()
+    primary:query "ALTER SYSTEM SET fsync = on"
+    standby:query "ALTER SYSTEM SET fsync = on"
+    primary:query "ALTER SYSTEM SET synchronous_standby_names = '*'"
+    for _, each in ipairs { primary, standby } do
+      each:query "SELECT pg_reload_conf()"
+      wait_until("fsync", function() return each:query("SHOW fsync")[1].fsync == "on" end)
+    end
+    wait_until("the standby to be waited for", function()
+      return #primary:query "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'" == 1
+    end)
+    local holder = support.connect { conninfo = primary.conninfo, reply_timeout = 2 * support.slow }
+    local lock
+    for _ = 1, 20 do lock = holder:lock("x", { token = true }) end
+    standby:promote()
+    local second = connect(hosts(standby)):lock("x", { token = true, timeout = 0 })
+    assert.is_true(second.token > lock.token)
+    assert.is_true(lock:check()) -- two holders; but the token of one is lower
+    assert_code("unknown", holder.lock, holder, "x", { token = true })
+    assert.is_false(lock:held())
   end)
 
   it_with_servers("the module's own functions go to the new primary, once it is one (row 15, idle)", function()
