@@ -58,6 +58,7 @@ describe("README.md's Lua", function()
   local created = {}
 
   setup(function()
+    support.with_fsync() -- for the tokens; the server of a reader has it anyway
     for _, name in ipairs { "app", "dw" } do
       if #support.observe("SELECT 1 AS one FROM pg_database WHERE datname = $1", name) == 0 then
         support.observe("CREATE DATABASE " .. name)
@@ -68,6 +69,7 @@ describe("README.md's Lua", function()
 
   teardown(function()
     for _, name in ipairs(created) do support.observe("DROP DATABASE " .. name .. " WITH (FORCE)") end
+    support.without_fsync()
   end)
 
   for _, block in ipairs(blocks "lua") do
