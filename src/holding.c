@@ -150,6 +150,13 @@ void holdings_unask(struct session *s) {
   }
 }
 
+static bool any_of_transaction(const struct session *s) {
+  for (size_t i = 0; i < s->bucket_count; i++)
+    for (const struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->transaction && h->count > 0) return true;
+  return false;
+}
+
 /* What the server was asked about after a statement of the user's that may have taken it away. */
 static void holdings_looked_at(struct session *s, const struct command *command) {
   enum value value = command->answer.value;
@@ -161,6 +168,7 @@ static void holdings_looked_at(struct session *s, const struct command *command)
     if (!told || !h->found[LEAVING]) holding_lost(s, h);
     holding_put(s, h);
   }
+  if (told && !any_of_transaction(s)) transaction_replaced(s);
 }
 
 void holdings_answered(struct session *s, const struct command *command) {

@@ -496,6 +496,9 @@ void transaction_ended(struct session *s);
 /* A statement of the user's was answered with this tag: it may have ended the transaction and begun
  * another, or gone back to a savepoint. Then the server is asked which locks are left. */
 void transaction_note_end(struct session *s, const char *tag);
+/* None of those locks is left: not even that of a lock that began the transaction, which no savepoint is
+ * before. So it has ended, and the one that is open is the user's. */
+void transaction_replaced(struct session *s);
 enum { COMMITTING = 1 }; /* op.demand */
 /* The session must be free. key: of the lock whose release it is, not waited for where that is deferred;
  * or NULL. */

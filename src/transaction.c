@@ -11,6 +11,11 @@ void transaction_ended(struct session *s) {
   s->joined = false;
 }
 
+void transaction_replaced(struct session *s) {
+  s->transaction = 0;
+  s->joined = s->rollback_due = false;
+}
+
 void transaction_note_end(struct session *s, const char *tag) {
   if (!s->joined || !s->in_transaction) return;
   if (strcmp(tag, "COMMIT") == 0) { /* AND CHAIN */
