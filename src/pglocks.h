@@ -500,8 +500,8 @@ void transaction_note_end(struct session *s, const char *tag);
  * before. So it has ended, and the one that is open is the user's. */
 void transaction_replaced(struct session *s);
 enum { COMMITTING = 1 }; /* op.demand */
-/* The session must be free. key: of the lock whose release it is, not waited for where that is deferred;
- * or NULL. */
+/* The session must be free. key: of the lock whose release it is, not waited for where that is deferred
+ * and nothing has failed so far; or NULL. */
 void commit_begin(struct session *s, const struct key *key, double seconds);
 /* Rolls the transaction back, and waits for the answer. */
 void rollback_begin(struct session *s);

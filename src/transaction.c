@@ -42,7 +42,7 @@ static const struct operation_kind transacting = {"transaction", false, query_ad
 
 void commit_begin(struct session *s, const struct key *key, double seconds) {
   struct operation *op = &s->op;
-  bool deferred = key != NULL && s->commits_deferred;
+  bool waits = key == NULL || !s->commits_deferred || s->transaction_failed;
   operation_begin(s, &transacting, seconds);
   op->demand = COMMITTING;
   if (key != NULL) {
@@ -50,12 +50,12 @@ void commit_begin(struct session *s, const struct key *key, double seconds) {
     op->has_key = true;
   }
   holdings_announce_transaction(s);
-  command_commit(s, deferred ? key : NULL);
+  command_commit(s, waits ? NULL : key);
   if (op->done) return;
-  if (deferred)
-    operation_done(s, NO_ERROR, "", NULL);
-  else
+  if (waits)
     announcements_send(s, true);
+  else
+    operation_done(s, NO_ERROR, "", NULL);
 }
 
 static void rolling_back_advance(struct session *s) {
