@@ -978,6 +978,7 @@ static void release_begin(struct session *s, struct lock *lock) {
   if (owns_transaction(s, lock) && lock_state(lock) == LOCK_HELD) {
     lock->state = LOCK_RELEASED;
     commit_begin(s, &lock->members[0].key, s->reply_timeout);
+    op->has_key = !lock->many;
     return;
   }
   operation_begin(s, &releasing, s->reply_timeout);
