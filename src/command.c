@@ -597,6 +597,9 @@ static void command_lands(const struct command *c) {
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
   bool undecided = c->commits && !c->committed && !c->answer.failed;
+  /* Cancelled before it began: the transaction is open still, and nobody else will end it. */
+  if (c->commits && c->answer.failed && PQtransactionStatus(s->pg) == PQTRANS_INERROR)
+    s->rollback_due = true;
   if (c->commits && c->abandoned && c->answer.failed) {
     s->release_failure = c->answer.failure;
     s->release_key = c->key;
@@ -709,8 +712,10 @@ bool commands_collect(struct session *s) {
     session_lose(s, LOST, s->loss.sqlstate, s->loss.message);
   else if (!readable || PQstatus(s->pg) == CONNECTION_BAD)
     session_lose(s, s->broken ? UNKNOWN : LOST, "", PQerrorMessage(s->pg));
-  else if (s->oldest == NULL)
+  else if (s->oldest == NULL) {
     session_note_transaction(s);
+    if (s->rollback_due && s->op.kind == NULL) command_rollback(s);
+  }
   return s->pg != NULL;
 }
 
