@@ -47,6 +47,13 @@ local function grant_and_fail(waiter, key, options, fail, fail_first)
   return pcall(support.complete, waiter)
 end
 
+-- Tokens are drawn where the log is written to the disk, which that of the specs' own server is not.
+local function set_fsync(value)
+  support.observe("ALTER SYSTEM SET fsync = " .. value)
+  support.observe "SELECT pg_reload_conf()"
+  support.wait_until("fsync", function() return support.observe("SHOW fsync")[1].fsync == value end)
+end
+
 -- The server began to count before the backend was stopped.
 local function timeout_passes(options) support.sleep(options.timeout) end
 
@@ -290,6 +297,38 @@ describe("the guard", function()
       assert.is_true(lock:release())
       assert.same({ nil, "not held" }, { lock:release() })
     end
+  end)
+
+  it("draws a token anew when somebody has dropped its statement, and keeps the lock meanwhile", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local before = support.observe("SHOW fsync")[1].fsync
+    finally(function() set_fsync(before) end)
+    set_fsync "on"
+    local conn = support.connect()
+    local function draw(...)
+      local lock = conn[...](conn, select(2, ...))
+      assert.is_truthy(lock.token)
+      assert.is_true(lock:check())
+      return lock
+    end
+    for _, options in ipairs { { token = true }, { token = true, timeout = 5 }, { token = true, timeout = 0 } } do
+      local first = draw("lock", "x", options)
+      conn:query "DEALLOCATE ALL"
+      local again = draw("lock", "x", options) -- ours already
+      conn:query "DEALLOCATE ALL"
+      local all = draw("lock_all", { "x", "y" }, options)
+      assert.is_true(all.token > again.token and again.token > first.token)
+      for _, lock in ipairs { first, again, all } do assert.is_true(lock:release()) end
+      assert.same({}, support.pg_locks(conn.backend_pid))
+    end
+    -- dropped when the lock was granted, and interrupted
+    local lock = conn:lock("x", { token = true })
+    conn:query "DEALLOCATE ALL"
+    support.begin(conn, "lock", "x", { token = true })
+    assert.is_true(conn:cancel())
+    support.assert_code("interrupted", support.complete, conn)
+    assert.is_true(lock:check())
+    lock:release()
   end)
 
   it("row 11, waiting; row 11, holding: reports a deadlock, and the other locks are still held", function()

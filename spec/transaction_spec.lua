@@ -202,6 +202,28 @@ describe("a lock of the transaction's scope", function()
     y:release()
   end)
 
+  it("is not returned as held, nor confirmed, when the lock that began its transaction was let go", function()
+    local conn, blocker = connect(), connect()
+    for _, timeout in ipairs { false, 5 } do
+      local lock, busy = conn:lock("x", TRANSACTION), blocker:lock "y"
+      write(conn)
+      support.begin(conn, timeout and "try_lock" or "lock", "y", with { timeout = timeout or nil })
+      support.wait_until_waiting(conn.backend_pid)
+      close(lock)
+      busy:release()
+      local err = support.raised(support.complete, conn)
+      assert.equal("aborted_transaction", err.code)
+      assert.equal(pglocks.key "y", err.key)
+      assert_idle(conn)
+    end
+    local lock, joined = conn:lock("x", TRANSACTION), conn:lock("y", TRANSACTION)
+    core.start.check(joined)
+    close(lock)
+    assert.equal("not_held", support.raised(support.complete, conn).code)
+    assert_idle(conn)
+    assert.equal(0, written())
+  end)
+
   -- ---- joining ----------------------------------------------------------------------------
 
   it("joins the transaction of another, and is held until that ends", function()
@@ -270,6 +292,34 @@ describe("a lock of the transaction's scope", function()
       if core.in_transaction(conn) then conn:query "ROLLBACK" end
     end
     assert_idle(conn)
+  end)
+
+  it("does not roll back the transaction that a CHAIN of the user's has begun", function()
+    local conn = connect()
+    for i, sql in ipairs { "ROLLBACK AND CHAIN", "COMMIT AND CHAIN" } do
+      local lock, joined = conn:lock("x", TRANSACTION), conn:lock({ 7, 42 }, with { shared = true })
+      conn:query(sql)
+      close(lock)
+      close(joined)
+      assert.is_true(core.in_transaction(conn))
+      conn:query("INSERT INTO written VALUES ($1)", i)
+      conn:lock("x", TRANSACTION)
+      conn:query "COMMIT"
+      assert.equal(i, written())
+      assert_idle(conn)
+    end
+  end)
+
+  it("still rolls back after ROLLBACK TO a savepoint", function()
+    local conn = connect()
+    local lock = conn:lock("x", TRANSACTION)
+    conn:query "SAVEPOINT here"
+    conn:lock({ 7, 42 }, TRANSACTION)
+    conn:query "ROLLBACK TO here"
+    write(conn)
+    close(lock)
+    assert_idle(conn)
+    assert.equal(0, written())
   end)
 
   it("is known not to be held after ROLLBACK TO a savepoint before it", function()
@@ -518,6 +568,13 @@ describe("a lock of the transaction's scope", function()
     end)
     assert.equal("23505", raised.sqlstate)
     assert_idle(conn)
+    lock = conn:lock_all({ "x", "y" }, TRANSACTION)
+    write(conn)
+    write(conn)
+    err = assert_code("server", lock.release, lock)
+    assert.equal("23505", err.sqlstate)
+    assert.is_nil(err.key)
+    assert_idle(conn)
   end)
 
   it("has an unknown outcome when the session is lost at COMMIT (row 8, releasing)", function()
@@ -589,10 +646,9 @@ describe("a lock of the transaction's scope", function()
     assert.same({ { "server", "23505", pglocks.key "x", 0 } }, told)
     lock = conn:lock("x", TRANSACTION)
     pcall(conn.query, conn, "SELECT 1 / 0")
-    assert.is_true(lock:release())
-    conn:ping()
+    assert_code("aborted_transaction", lock.release, lock) -- as is known already
     assert.is_true(conn:alive())
-    assert.equal("aborted_transaction", told[2][1])
+    assert.equal(1, #told)
     assert_idle(conn)
   end)
 
@@ -641,6 +697,47 @@ describe("a lock of the transaction's scope", function()
         assert.equal(1, #pg_locks(conn.backend_pid))
         conn:query "COMMIT"
       end
+      assert_idle(conn)
+    end
+  end)
+
+  it("does not abort the user's transaction when cancel() comes with the grant", function()
+    if support.cannot_signal then return pending(support.cannot_signal) end
+    local conn, other = connect(), connect()
+    local busy = other:lock "x"
+    conn:query "BEGIN"
+    write(conn)
+    support.begin(conn, "lock", "x", { timeout = 5 })
+    support.wait_until_waiting(conn.backend_pid)
+    busy:release()
+    wait_until("the grant", function() return (state(conn)) == "idle in transaction" end)
+    assert.is_true(conn:cancel())
+    assert.equal("interrupted", support.raised(support.complete, conn).code)
+    assert.same({}, pg_locks(conn.backend_pid))
+    conn:query "COMMIT"
+    assert.equal(1, written())
+    assert_idle(conn)
+  end)
+
+  it("has many that a try has got let go by cancel(), or held until the transaction ends", function()
+    local conn = connect()
+    for _, late in ipairs { false, true } do
+      observe "TRUNCATE written"
+      conn:query "BEGIN"
+      write(conn)
+      support.begin(conn, "try_lock_all", { "x", "y" }, TRANSACTION)
+      wait_until("the answer", function()
+        return #pg_locks(conn.backend_pid) == 2 and (state(conn)) == "idle in transaction"
+      end)
+      if late then assert.is_truthy((core.step(conn))) end -- its savepoint is being released
+      assert.is_true(conn:cancel())
+      local err = support.raised(support.complete, conn)
+      assert.equal("interrupted", err.code)
+      assert.equal(late, err.message:find("until the transaction ends", 1, true) ~= nil)
+      assert.equal(late and 2 or 0, #pg_locks(conn.backend_pid))
+      assert.equal(late and 2 or 0, #conn:locks())
+      conn:query "COMMIT"
+      assert.equal(1, written())
       assert_idle(conn)
     end
   end)
