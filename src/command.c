@@ -597,8 +597,8 @@ static void command_lands(const struct command *c) {
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
   bool undecided = c->commits && !c->committed && !c->answer.failed;
-  /* Cancelled before it began: the transaction is open still, and nobody else will end it. */
-  if (c->commits && c->answer.failed && PQtransactionStatus(s->pg) == PQTRANS_INERROR)
+  /* See transacting_finish: of one that nobody waits for. */
+  if (c->commits && c->abandoned && c->answer.failed && PQtransactionStatus(s->pg) == PQTRANS_INERROR)
     s->rollback_due = true;
   if (c->commits && c->abandoned && c->answer.failed) {
     s->release_failure = c->answer.failure;

@@ -31,6 +31,8 @@ static int transacting_finish(lua_State *L, struct session *s) {
     failure_set(failure, UNKNOWN, failure->sqlstate,
                 "the session was lost when it was to commit, which it did or not: %s",
                 failure->message);
+  /* Cancelled before it began: the transaction is open still, and nobody else will end it. */
+  if (s->op.demand == COMMITTING && s->in_transaction) s->rollback_due = true;
   operation_end(L, s);
   if (s->scheduled) connection_tell_free(L, 1);
   lua_pushboolean(L, 1);
