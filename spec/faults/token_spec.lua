@@ -136,12 +136,13 @@ describe("a history of tokens", function()
   local function history(...) return (table.concat({ ... }, "\n") .. "\n") end
 
   it("is accepted where they grow by key", function()
-    assert.same({ hand_overs = 1, tokens = 3, losses = 0 }, check(history("asked a", "asked b", "got a k 7", "asked c", "got c other 5",
-      "kept c", "kept a", "got b k 8", "kept b")))
+    assert.same({ hand_overs = 1, tokens = 3, losses = 0 }, check(history("asked a", "asked b", "got a k 7",
+      "asked c", "got c other 5", "kept c", "kept a", "got b k 8", "kept b")))
   end)
 
   it("is accepted where one that was lost wrote late", function()
-    assert.same({ hand_overs = 0, tokens = 2, losses = 1 }, check(history("asked a", "asked b", "got b k 8", "kept b", "got a k 7", "lost a")))
+    assert.same({ hand_overs = 0, tokens = 2, losses = 1 }, check(history("asked a", "asked b", "got b k 8",
+      "kept b", "got a k 7", "lost a")))
   end)
 
   for what, lines in pairs {
