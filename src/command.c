@@ -597,9 +597,7 @@ static void command_lands(const struct command *c) {
 static void command_answered(struct session *s, struct command *c) {
   bool fatal = c->vital && c->answer.failed;
   bool undecided = c->commits && !c->committed && !c->answer.failed;
-  /* See transacting_finish: of one that nobody waits for. */
-  if (c->commits && c->abandoned && c->answer.failed && PQtransactionStatus(s->pg) == PQTRANS_INERROR)
-    s->rollback_due = true;
+  if (c->commits && c->answer.failed) s->commit_failed = true;
   if (c->commits && c->abandoned && c->answer.failed) {
     s->release_failure = c->answer.failure;
     s->release_key = c->key;

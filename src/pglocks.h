@@ -399,6 +399,7 @@ struct session {
   unsigned long transaction, transactions; /* that a lock began: the number of the one that is open, or
                                             * 0; and how many there were */
   bool joined;              /* there are holdings of the transaction's scope */
+  bool commit_failed;       /* and whether its transaction is open still has not been heard */
   bool rollback_due;        /* as soon as the operation under way is over */
   bool notified;            /* a notification has come since the last operation that waited for one */
   bool unlisten_due;        /* as soon as no transaction is open */

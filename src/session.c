@@ -242,6 +242,9 @@ void session_note_transaction(struct session *s) {
   }
   s->in_transaction = true;
   s->transaction_failed = status == PQTRANS_INERROR;
+  /* Cancelled before it began, COMMIT leaves the transaction open, and nobody else will end that. */
+  if (s->commit_failed && s->transaction_failed) s->rollback_due = true;
+  s->commit_failed = false;
 }
 
 bool is_ready(int fd, short events) {

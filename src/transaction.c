@@ -4,7 +4,7 @@
 #include <string.h>
 
 void transaction_ended(struct session *s) {
-  s->in_transaction = s->transaction_failed = s->rollback_due = false;
+  s->in_transaction = s->transaction_failed = s->rollback_due = s->commit_failed = false;
   s->transaction = 0;
   if (!s->joined) return;
   holdings_leave_transaction(s);
@@ -31,8 +31,6 @@ static int transacting_finish(lua_State *L, struct session *s) {
     failure_set(failure, UNKNOWN, failure->sqlstate,
                 "the session was lost when it was to commit, which it did or not: %s",
                 failure->message);
-  /* Cancelled before it began: the transaction is open still, and nobody else will end it. */
-  if (s->op.demand == COMMITTING && s->in_transaction) s->rollback_due = true;
   operation_end(L, s);
   if (s->scheduled) connection_tell_free(L, 1);
   lua_pushboolean(L, 1);
