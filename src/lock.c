@@ -392,9 +392,8 @@ static void interrupted(struct session *s) {
 /* What was drawn in a statement that failed may be lost in a crash, and so be drawn again. */
 static void drawn(struct session *s) {
   struct operation *op = &s->op;
-  bool failed = op->answer.failed;
-  if (failed && failure_never_ran(&op->answer.failure) && !op->interrupted &&
-      op->rounds++ < CANCELLED_AT_MOST) {
+  bool failed = op->answer.failed, never_ran = failed && failure_never_ran(&op->answer.failure);
+  if (never_ran && !op->interrupted && op->rounds++ < CANCELLED_AT_MOST) {
     go(s, DRAW);
     return;
   }
@@ -406,7 +405,7 @@ static void drawn(struct session *s) {
     granted(s);
     return;
   }
-  if (failed)
+  if (failed && !(never_ran && op->interrupted)) /* it would be begun again */
     op->failure = op->answer.failure;
   else if (op->interrupted)
     failure_set(&op->failure, INTERRUPTED, "", "interrupted");
