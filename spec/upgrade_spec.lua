@@ -260,29 +260,26 @@ describe("a lock that changes its mode", function()
   -- A process that tries all the time, in each of the modes that must not be had.
   it("is at no instant free", function()
     local conn = support.connect()
-    local lock = conn:lock "x"
+    local lock, enough = conn:lock "x", support.connect():lock "enough"
     local child = support.spawn([[
       local conn = require "pglocks".connect((...))
-      print(conn.backend_pid)
-      io.stdout:flush()
+      io.stdout:setvbuf "line"
       local tries, got = 0, 0
       while not conn:try_lock "enough" do
         local lock = conn:try_lock "x"
         if lock then got = got + 1 lock:release() end
         tries = tries + 1
+        if tries == 1 then print "tries" end
       end
-      print(tries, got)
+      print(got)
     ]], support.conninfo)
-    local enough = support.connect():lock "enough"
-    child.lines()
+    assert.equal("tries", child.lines())
     for _ = 1, math.ceil(300 * math.min(1, support.size)) do
       lock:downgrade()
       repeat until lock:upgrade()
     end
     enough:release()
-    local tries, got = child.lines():match "^(%d+)\t(%d+)$"
-    assert.equal("0", got)
-    assert.is_true(tonumber(tries) > 10)
+    assert.equal("0", child.lines())
     child.close()
     lock:release()
   end)

@@ -198,6 +198,33 @@ step("with_lock whose function raises", lock_held, function(c)
   pcall(c.with_lock, c, "within", function() error { "an error of the program" } end)
 end)
 
+step("lock by tries", nothing, function(c) return c:lock("name", { strategy = "notify" }) end)
+
+step("lock by tries that times out", lock_held, function(c)
+  local ok, err = pcall(c.lock, c, { 1, 2 }, { strategy = "notify", timeout = 0.003 })
+  if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
+end)
+
+local SEMAPHORE = { slots = 2, strategy = "poll" }
+
+step("semaphore", nothing, function(c) return c:lock("name", SEMAPHORE) end)
+
+step("semaphore without a free slot", function(c)
+  return c:lock("name", SEMAPHORE)
+end, function(c)
+  local second = c:lock("name", SEMAPHORE)
+  if c:try_lock("name", SEMAPHORE) then error "taken thrice" end
+  return second
+end)
+
+step("upgrade", function(c) return c:lock("name", { shared = true }) end, function(_, lock)
+  lock:upgrade { timeout = 5 }
+end)
+
+step("downgrade of many", function(c) return c:lock_all { "name", 42, { 7, 42 } } end, function(_, lock)
+  lock:downgrade()
+end)
+
 step("check", lock_held, function(_, lock) return lock:check() end)
 
 step("held and locks", lock_held, function(c, lock)

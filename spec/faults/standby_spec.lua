@@ -119,6 +119,19 @@ describe("a hot standby", function()
     assert.is_true(held:release())
     assert.is_falsy(support.read(standby.host .. "/log"):find("during recovery", 1, true))
   end)
+
+  it_with_servers("with allow_standby has waiters that poll, because nobody can be told there", function()
+    local conn, beside = connect(standby, true), connect(standby, true)
+    local lock = conn:lock "x"
+    for _, options in ipairs { { strategy = "notify" }, { slots = 1, strategy = "notify" }, { slots = 1 } } do
+      local slot = options.slots and conn:lock("x", { slots = 1 })
+      options.timeout = 0.1
+      assert.same({ nil, "timeout" }, { beside:try_lock("x", options) })
+      if slot then slot:release() end
+    end
+    lock:release()
+    assert.is_true(beside:lock("x", { strategy = "notify" }):check())
+  end)
 end)
 
 describe("after a promotion", function()
