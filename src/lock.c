@@ -342,6 +342,10 @@ static void granted(struct session *s) {
    * of life: only what we send ourselves, and nobody acknowledges, tells us so in time. */
   if (lock->waited > LONG_WAIT) command_nothing(s);
   if (op->done) return; /* lost */
+  if (lock->transaction && s->oldest == NULL && !s->in_transaction) {
+    session_lose(s, UNKNOWN, "", "the server granted the lock outside a transaction; the connection was closed");
+    return;
+  }
   count_members(s, lock);
   if (op->begins) lock->began = s->transaction = ++s->transactions;
   lock->token = op->token;
