@@ -161,6 +161,7 @@ struct statement {
   bool array;    /* its keys are one, be it of one key */
   bool boolean;  /* a lock that answers with true, not with void */
   bool chain;    /* COMMIT or ROLLBACK AND CHAIN */
+  bool wanted;   /* asked within a call that may end the user's transaction */
   struct set on;
 };
 
@@ -173,6 +174,8 @@ static struct command {
   int length;
   char value[MAX_SET];
 } commands[MAX_COMMANDS + 1];
+
+static bool may_end; /* such a call is under way */
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
 /* The latest command that is to end the transaction; that was told to have found or left none; and to have
@@ -217,6 +220,7 @@ static struct statement *ask(enum kind kind) {
   c->count++;
   memset(s, 0, sizeof *s);
   s->kind = kind;
+  s->wanted = may_end;
   return s;
 }
 
@@ -851,6 +855,8 @@ static int savepoint_level(const struct statement *s) {
 
 static bool answer_end(const struct statement *s, enum outcome outcome) {
   bool commits = s->kind == COMMIT && server.transaction != 'E';
+  if (run.honest && server.users && server.transaction == 'T' && !s->wanted)
+    finding("the client ends a transaction of the user's");
   if (outcome == CANCEL_BEFORE) return fail("57014"); /* it stays open, and has failed */
   if (s->chain && server.transaction == 'I') return fail("25P01");
   if (commits && outcome == FAILURE && server.transaction == 'T') { /* of a deferred constraint */
@@ -1168,6 +1174,16 @@ static const char *call(const char *where, int arguments) {
   return code;
 }
 
+/* The same of what may end the user's transaction. */
+static const char *call_ending(const char *where, int arguments) {
+  bool before = may_end;
+  const char *code;
+  may_end = true;
+  code = call(where, arguments);
+  may_end = before;
+  return code;
+}
+
 /* Pushes a function of the core, with the connection as its first argument. */
 static void push_call(int table, const char *name) {
   lua_getfield(L, table, name);
@@ -1464,7 +1480,7 @@ static void transact(bool commits) {
   const char *name = commits ? "commit" : "begin";
   int since = asked;
   push_call(START, name);
-  if (complete(name, call(name, 1)) == NULL && commits) must_be_committed(name, since);
+  if (complete(name, call_ending(name, 1)) == NULL && commits) must_be_committed(name, since);
   lua_settop(L, TOP);
 }
 
@@ -1488,7 +1504,7 @@ static void query(unsigned what) {
     luaL_pushresultsize(&buffer, 40000);
   } else
     lua_pushstring(L, text);
-  complete(name, call(name, what & 8 ? 3 : 2));
+  complete(name, call_ending(name, what & 8 ? 3 : 2));
   lua_settop(L, TOP);
 }
 
@@ -1523,7 +1539,7 @@ static void scope_end(int index) {
   lua_pushvalue(L, index);
   lua_pushnil(L);
   run.busy = true;
-  if (call("__close", 2) != NULL) finding("__close raises");
+  if ((index == CONNECTION ? call_ending : call)("__close", 2) != NULL) finding("__close raises");
   run.busy = was_busy;
   lua_settop(L, TOP);
 }
@@ -1551,14 +1567,14 @@ static void configure(const char *option, bool value) {
 
 static void close_connection(void) {
   push_call(START, "close");
-  complete("close", call("close", 1));
+  complete("close", call_ending("close", 1));
   lua_settop(L, TOP);
 }
 
 /* Calls without arguments that neither wait nor may fail. */
 static void call_simple(int table, const char *name) {
   push_call(table, name);
-  if (call(name, 1) != NULL) finding("%s raises", name);
+  if (call_ending(name, 1) != NULL) finding("%s raises", name);
   lua_settop(L, TOP);
 }
 
@@ -1872,7 +1888,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   server.transaction = 'I';
   known_count = asked = received = answered = told = thread_count = 0;
   ended = idle = gone_back = -1;
-  told_failed = false;
+  told_failed = may_end = false;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = false;
