@@ -162,6 +162,7 @@ struct statement {
   bool boolean;  /* a lock that answers with true, not with void */
   bool chain;    /* COMMIT or ROLLBACK AND CHAIN */
   bool wanted;   /* asked within a call that may end the user's transaction */
+  bool commits;  /* and within one that may COMMIT one of a lock */
   struct set on;
 };
 
@@ -175,7 +176,7 @@ static struct command {
   char value[MAX_SET];
 } commands[MAX_COMMANDS + 1];
 
-static bool may_end; /* such a call is under way */
+static bool may_end, may_commit; /* such a call is under way */
 
 static int asked, received, answered, told; /* numbers of commands: by whom, so far */
 /* The latest command that is to end the transaction; that was told to have found or left none; and to have
@@ -221,6 +222,7 @@ static struct statement *ask(enum kind kind) {
   memset(s, 0, sizeof *s);
   s->kind = kind;
   s->wanted = may_end;
+  s->commits = may_end || may_commit;
   return s;
 }
 
@@ -857,6 +859,8 @@ static bool answer_end(const struct statement *s, enum outcome outcome) {
   bool commits = s->kind == COMMIT && server.transaction != 'E';
   if (run.honest && server.users && server.transaction == 'T' && !s->wanted)
     finding("the client ends a transaction of the user's");
+  if (run.honest && s->kind == COMMIT && server.transaction == 'T' && !s->commits)
+    finding("the client commits, and nobody has said so");
   if (outcome == CANCEL_BEFORE) return fail("57014"); /* it stays open, and has failed */
   if (s->chain && server.transaction == 'I') return fail("25P01");
   if (commits && outcome == FAILURE && server.transaction == 'T') { /* of a deferred constraint */
@@ -1268,9 +1272,12 @@ static bool take_lock(bool attempt, unsigned slot) {
   lua_getfield(L, -1, "acquired");
   acquired = lua_toboolean(L, -1);
   lua_pop(L, 1);
-  if (acquired) {
-    struct set set = known_lock();
+  if (acquired) { /* without a collection meanwhile, which may end its transaction */
+    struct set set;
+    lua_gc(L, LUA_GCSTOP);
+    set = known_lock();
     all_must_be_held("an acquire", &set);
+    lua_gc(L, LUA_GCRESTART);
   } else if (!attempt)
     finding("a lock that is not acquired");
   lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
@@ -1446,12 +1453,17 @@ static void release(unsigned slot) {
   lua_pop(L, 1);
   lua_getfield(L, blocks ? LOCK_METHODS : START, "release");
   lua_insert(L, -2);
+  may_commit = true;
   if (blocks) {
     run.busy = true;
     code = call("release", 1);
     run.busy = was_busy;
-  } else
-    code = complete("release", call("release", 1));
+  } else {
+    code = call("release", 1);
+    may_commit = false;
+    code = complete("release", code);
+  }
+  may_commit = false;
   if (transaction && code == NULL && lua_gettop(L) == TOP + 1 && lua_toboolean(L, TOP + 1))
     must_be_committed("release", since);
   lua_settop(L, TOP);
@@ -1888,7 +1900,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   server.transaction = 'I';
   known_count = asked = received = answered = told = thread_count = 0;
   ended = idle = gone_back = -1;
-  told_failed = may_end = false;
+  told_failed = may_end = may_commit = false;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = false;
