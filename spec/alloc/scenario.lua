@@ -272,19 +272,6 @@ step("lock of the transaction's scope that times out", lock_held, function(c)
   if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
 end)
 
-step("upgrade", function(c) return c:lock("held", { shared = true }) end, function(_, lock)
-  if not lock:upgrade() then error "busy" end
-end)
-
-step("downgrade", lock_held, function(_, lock) return lock:downgrade() end)
-
-step("wait for a notification", lock_held, function(c)
-  local ok, err = pcall(c.lock, c, { 1, 2 }, { strategy = "notify", timeout = 0.003 })
-  if ok or type(err) ~= "table" or err.code ~= "timeout" then error(err, 0) end
-end)
-
-step("semaphore", lock_held, function(c) return c:lock("seats", { slots = 3 }) end)
-
 step("release", lock_held, function(_, lock) lock:release() end)
 
 step("release of a nested lock", function(c)
