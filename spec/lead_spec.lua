@@ -393,6 +393,7 @@ describe("a leader", function()
     fails("#1 to 'lead' (integer, pair of integers or string", true, {}, print)
     fails("#2 to 'lead' (unknown option 'timeuot'", "x", { timeuot = 1 }, print)
     fails("option 'shared': leaders exclude each other", "x", { shared = true }, print)
+    fails("option 'slots': leaders exclude each other", "x", { slots = 2 }, print)
     fails("option 'timeout'", "x", { timeout = "soon" }, print)
     fails("hash", "x", { hash = "md5" }, print)
     for _, interval in ipairs { 0, -1, 0 / 0, math.huge, "1" } do

@@ -252,8 +252,8 @@ local function split(options)
   end
   if own.using ~= nil and own.database ~= nil then
     core.raise_argument(2, "option 'database' or 'using' expected, got both")
-  elseif locks.shared then
-    core.raise_argument(2, "option 'shared': leaders exclude each other")
+  elseif locks.shared or locks.slots then
+    core.raise_argument(2, ("option '%s': leaders exclude each other"):format(locks.shared and "shared" or "slots"))
   end
   return own, locks
 end

@@ -61,6 +61,8 @@ return {
     { "a vanished waiter's lock is freed", "granted unheard, unknown, and the server frees the lock" },
     { "a forked child says nothing to the server", "fork, over a Unix socket", "fork, over TLS" },
     { "pools of transactions are refused", "that pools by transaction is refused" },
+    { "and carry locks of theirs where that is said",
+      "gives locks of transactions, that exclude others there and elsewhere" },
     { "a standby is refused", "is refused, and no session is left there" },
     { "fencing tokens grow along hand-overs and across crashes", "fencing tokens grow over",
       "fencing tokens grow across", "is on the server's disk before it is here, whatever the role says",
