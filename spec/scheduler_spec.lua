@@ -697,6 +697,31 @@ local INTERRUPTED = [[
   end
 ]]
 
+-- What is closed last on the main thread must be gone before Lua is.
+describe("a program whose main thread waits", function()
+  after_each(support.finish)
+
+  for _, scheduler in ipairs { "cqueues", "luv" } do
+    it("ends as it should under " .. scheduler, function()
+      local path = os.tmpname()
+      local file = assert(io.open(path, "w"))
+      file:write(([[
+        require "%s"
+        local pglocks = require "pglocks"
+        local conn = pglocks.connect { conninfo = %q, scheduler = "%s" }
+        conn:lock("x"):release()
+        conn:close()
+        print "done"
+      ]]):format(scheduler, support.conninfo, scheduler))
+      file:close()
+      local lines, status = support.run_program(path)
+      os.remove(path)
+      assert.same({ "done" }, lines)
+      assert.equal(0, status)
+    end)
+  end
+end)
+
 describe("Ctrl-C", function()
   after_each(support.finish)
 

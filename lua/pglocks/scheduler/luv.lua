@@ -88,6 +88,9 @@ end
 
 local function came(self)
   self:__close()
+  -- What is closed goes in the next turn of the loop. On the main thread that may have been the last, and
+  -- Lua 5.4 would crash at its end.
+  if not self.co then uv.run "nowait" end
   return self.came
 end
 
