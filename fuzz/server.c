@@ -1799,6 +1799,13 @@ static void connect_client(bool scripted) {
   lua_settop(L, TOP);
 }
 
+/* Between its calls the client has no savepoint of its own open. */
+static void no_savepoint_must_be_left(void) {
+  if (!run.honest || !is_settled()) return;
+  for (int i = 0; i < server.savepoints; i++)
+    if (strcmp(server.savepoint[i], "pglocks") == 0) finding("a savepoint is left open");
+}
+
 /* False: the session is over. */
 static bool settle(void) {
   for (int i = 0; i < 3; i++)
@@ -1822,6 +1829,7 @@ static void compare_locks(void) {
 static void compare(void) {
   threads_refused = deaf = false;
   if (!settle()) return;
+  no_savepoint_must_be_left();
   push_call(CORE, "in_transaction");
   call("in_transaction", 1);
   if (lua_toboolean(L, TOP + 1) != (server.transaction != 'I'))
