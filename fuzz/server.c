@@ -171,6 +171,7 @@ static struct command {
   int count;
   bool failed;    /* libpq told of an error */
   bool committed; /* and of this tag */
+  bool has_row;
   bool has_value; /* its row's, which is not NULL: only a statement about locks has one */
   int length;
   char value[MAX_SET];
@@ -241,16 +242,14 @@ static void note_asked(const struct statement *s) {
 }
 
 static void ask_prepared(const char *name, const char *const *values, const int *lengths) {
-  bool announces = strcmp(name, "pglocks_announce") == 0; /* nobody of the program listens */
-  struct statement *s = ask(announces                      ? SELECT
-                            : strcmp(name, "pglocks_token") == 0 ? TOKEN
-                            : strstr(name, "unlock") != NULL ? UNLOCK
-                            : strstr(name, "try") != NULL    ? TRY_LOCK
-                                                             : LOCK);
+  struct statement *s = ask(strcmp(name, "pglocks_token") == 0 ? TOKEN
+                            : strstr(name, "unlock") != NULL   ? UNLOCK
+                            : strstr(name, "try") != NULL      ? TRY_LOCK
+                                                               : LOCK);
   trace("  command %d asks: %s", asked, name);
   snprintf(s->name, sizeof s->name, "%s", name);
   s->executes_prepared = true;
-  if (announces || s->kind == TOKEN) return;
+  if (s->kind == TOKEN) return;
   s->array = strstr(name, "_all") != NULL;
   s->boolean = strstr(name, "xact_timed") != NULL;
   read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL,
@@ -465,7 +464,8 @@ PGresult *__wrap_PQgetResult(PGconn *pg) {
   case PGRES_EMPTY_QUERY:
     break;
   case PGRES_TUPLES_OK:
-    if (PQntuples(result) == 0 || PQnfields(result) == 0) break;
+    if (PQntuples(result) == 0 || PQnfields(result) == 0 || c->has_row) break;
+    c->has_row = true; /* of the first statement that has one: an announcement may follow */
     c->has_value = !PQgetisnull(result, 0, 0);
     c->length = PQgetlength(result, 0, 0);
     memcpy(c->value, PQgetvalue(result, 0, 0), (size_t)(c->length < MAX_SET ? c->length : MAX_SET));

@@ -126,7 +126,6 @@ static const struct statement statements[STATEMENTS] = {
     {"pglocks_unlock_all", UNLOCK_ALL_SQL("")},
     {"pglocks_unlock_all_shared", UNLOCK_ALL_SQL("_shared")},
     {"pglocks_token", TOKEN_SQL},
-    {"pglocks_announce", ANNOUNCE_SQL},
 };
 
 /* The guard looks for the locks in pg_locks before it unlocks: unlocking what is not held would
@@ -357,6 +356,29 @@ static bool send_statement(struct session *s, int id, const char *comment,
                              0);
 }
 
+static bool send_announcements(struct session *s) {
+  struct parameters p = {.n = 0};
+  char *to = pack_head(s, s->announced);
+  for (int i = 0; i < s->announced; i++) to = pack_key(to, &s->announcements[i]);
+  add_binary(&p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(s->announced));
+  s->announced = 0;
+  return send_unprepared(s, NULL, ANNOUNCE_SQL, &p);
+}
+
+/* Behind what ends a lock, in the same message. */
+static bool send_behind(struct session *s, struct command *c) {
+  if (s->announced == 0) return true;
+  c->announces = true;
+  return send_announcements(s);
+}
+
+void command_announce(struct session *s) {
+  struct command *c = command_begin(s);
+  if (c == NULL) return;
+  c->abandoned = true;
+  command_end(s, c, send_announcements(s));
+}
+
 static bool verb_joins(enum verb verb) { return verb >= VERB_XACT_LOCK && verb <= VERB_XACT_TRY; }
 
 void command_statement(struct session *s, enum verb verb, const struct chain *chain,
@@ -379,7 +401,8 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
             (joins ? send_before_joining(s) : send_before(s)) &&
             send_statement(s, id, comment, &p) &&
             (joins ? send_after_joining(s, many && verb == VERB_XACT_TRY, comment)
-                   : send_after(s));
+                   : send_after(s)) &&
+            (verb != VERB_UNLOCK || s->in_transaction || send_behind(s, c));
   command_end(s, c, written);
 }
 
@@ -389,22 +412,6 @@ void command_token(struct session *s) {
   if (c == NULL) return;
   c->draws = true;
   command_end(s, c, prepare(s, c, TOKEN, &p) && send_statement(s, TOKEN, NULL, &p));
-}
-
-static void add_markers(struct parameters *p, struct session *s, const struct key *markers, int count) {
-  char *to = pack_head(s, count);
-  for (int i = 0; i < count; i++) to = pack_key(to, &markers[i]);
-  add_binary(p, INT8_ARRAY_OID, s->packed, PACKED_SIZE(count));
-}
-
-void command_announce(struct session *s, const struct key *markers, int count, bool awaited) {
-  struct parameters p = {.n = 0};
-  struct command *c = command_begin(s);
-  if (c == NULL) return;
-  c->abandoned = !awaited;
-  c->trails = awaited;
-  add_markers(&p, s, markers, count);
-  command_end(s, c, prepare(s, c, ANNOUNCEMENT, &p) && send_statement(s, ANNOUNCEMENT, NULL, &p));
 }
 
 static bool send_about_channel(struct session *s, const char *verb, const struct key *marker) {
@@ -454,7 +461,6 @@ void command_simple(struct session *s, const char *first, const char *second) {
 
 /* All in one message: the server has read it before it can see that the socket was closed. */
 void command_unlock_all(struct session *s) {
-  struct parameters p = {.n = 0};
   struct command *c = command_begin(s);
   char own[SQL_SIZE];
   bool written;
@@ -462,12 +468,7 @@ void command_unlock_all(struct session *s) {
   written = (!s->in_transaction || send_sql(s, "ROLLBACK")) &&
             (s->pooling == TRANSACTION_POOLING ||
              send_sql(s, in_own_session(s, "SELECT pg_catalog.pg_advisory_unlock_all()", own)));
-  if (written && s->announced > 0) {
-    add_markers(&p, s, s->announcements, s->announced);
-    written = send_unprepared(s, NULL, statements[ANNOUNCEMENT].sql, &p);
-  }
-  s->announced = 0;
-  command_end(s, c, written);
+  command_end(s, c, written && (s->announced == 0 || send_announcements(s)));
 }
 
 void command_begin_transaction(struct session *s) {
@@ -481,7 +482,7 @@ void command_commit(struct session *s, const struct key *told) {
   c->commits = true;
   c->abandoned = told != NULL;
   if (told != NULL) c->key = *told;
-  command_end(s, c, send_sql(s, "COMMIT"));
+  command_end(s, c, send_sql(s, "COMMIT") && send_behind(s, c));
   if (s->pg != NULL && told != NULL) transaction_ended(s);
 }
 
@@ -505,11 +506,13 @@ void command_nothing(struct session *s) {
   command_end(s, c, true);
 }
 
-void command_rollback(struct session *s) {
+void command_rollback(struct session *s, bool awaited) {
   struct command *c = command_begin(s);
   if (c == NULL) return;
-  c->abandoned = c->vital = true;
-  command_end(s, c, send_sql(s, "ROLLBACK"));
+  c->abandoned = c->vital = !awaited;
+  holdings_announce_transaction(s);
+  command_end(s, c, send_sql(s, "ROLLBACK") && send_behind(s, c));
+  if (awaited) return;
   if (s->pg == NULL) return;
   transaction_ended(s);
   holdings_settle(s);
@@ -543,7 +546,7 @@ static void note_error(struct session *s, struct command *c, const PGresult *res
   if (!c->answer.failed)
     failure_set(failure, code_of(sqlstate), sqlstate, "%s",
                 message ? message : PQresultErrorMessage(result));
-  c->answer.failed = true;
+  c->answer.failed = c->answer.failed || !c->settled; /* what it has announced is not its own */
   /* Not prepared, or dropped by somebody (DISCARD ALL, DEALLOCATE): prepare it anew. Without a
    * SQLSTATE it is libpq that had no memory for the answer, and the server has prepared it. */
   if (c->statement != NO_STATEMENT &&
@@ -609,8 +612,8 @@ static void command_answered(struct session *s, struct command *c) {
     holdings_answered(s, c);
   } else if (!c->abandoned && s->op.kind != NULL) {
     s->op.unanswered--;
-    if (!c->trails) memcpy(&s->op.answer, &c->answer, offsetof(struct answer, failure));
-    if (!c->trails && c->answer.failed) s->op.answer.failure = c->answer.failure;
+    memcpy(&s->op.answer, &c->answer, offsetof(struct answer, failure));
+    if (c->answer.failed) s->op.answer.failure = c->answer.failure;
   }
   command_recycle(s, c);
   if (undecided) session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
@@ -627,6 +630,7 @@ static void take_result(struct session *s, PGresult *result) {
     command_answered(s, c);
     return;
   case PGRES_TUPLES_OK:
+    if (c->settled) break;
     if (!note_value(s, c, result)) {
       PQclear(result);
       session_lose(s, POOLED, "", "the connection pooler answered from another session than the one"
@@ -646,6 +650,7 @@ static void take_result(struct session *s, PGresult *result) {
       *s->op.result = result;
       result = NULL;
     }
+    c->settled = c->announces && (c->results > 0 || !c->prepares);
     break;
   case PGRES_COPY_IN:
   case PGRES_COPY_OUT:
@@ -712,7 +717,7 @@ bool commands_collect(struct session *s) {
     session_lose(s, s->broken ? UNKNOWN : LOST, "", PQerrorMessage(s->pg));
   else if (s->oldest == NULL) {
     session_note_transaction(s);
-    if (s->rollback_due && s->op.kind == NULL) command_rollback(s);
+    if (s->rollback_due && s->op.kind == NULL) command_rollback(s, false);
   }
   return s->pg != NULL;
 }

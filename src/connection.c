@@ -724,7 +724,7 @@ static int rollback(lua_State *L) {
   if (s->op.kind != NULL)
     session_close(s);
   else
-    command_rollback(s);
+    command_rollback(s, false);
   return 0;
 }
 

@@ -172,7 +172,7 @@ static void go(struct session *s, enum state state) {
     break;
   case UNDO:
     if (op->begins) { /* its answer is not needed: what comes next is behind it */
-      command_rollback(s);
+      command_rollback(s, false);
       if (!op->done) go(s, (enum state)op->resume);
     } else
       command_simple(s, ROLL_BACK_TO_SAVED, RELEASE_SAVED);
@@ -1009,7 +1009,6 @@ static void release_begin(struct session *s, struct lock *lock) {
       go(s, MAIN);
     else
       operation_done(s, NO_ERROR, "", NULL);
-    if (!op->done && !s->in_transaction) announcements_send(s, true); /* right behind */
   }
 }
 

@@ -18,18 +18,11 @@ void announce(struct session *s, const struct key *marker) {
     s->announcements[s->announced++] = *marker;
 }
 
-void announcements_send(struct session *s, bool awaited) {
-  int count = s->announced;
-  if (count == 0 || s->state != SESSION_OPEN) return;
-  s->announced = 0;
-  command_announce(s, s->announcements, count, awaited);
-}
-
 void notify_settle(struct session *s) {
   if (s->state != SESSION_OPEN || s->in_transaction) return;
   if (s->unlisten_due) command_unlisten(s, NULL);
   s->unlisten_due = false;
-  announcements_send(s, false);
+  if (s->announced > 0) command_announce(s);
 }
 
 /* ---- hearing --------------------------------------------------------------------------- */

@@ -44,7 +44,7 @@ void operation_drop(struct session *s) {
   op->kind = NULL;
   op->lock = NULL;
   holdings_unask(s);
-  if (s->rollback_due && s->state == SESSION_OPEN) command_rollback(s);
+  if (s->rollback_due && s->state == SESSION_OPEN) command_rollback(s, false);
   /* A transaction that has just ended lets go what could not be released inside it. */
   if (s->doubtful > 0 && s->state == SESSION_OPEN) holdings_settle(s);
   notify_settle(s);

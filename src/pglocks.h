@@ -226,7 +226,8 @@ struct command {
   bool prepares;  /* its statement, so that the first result is of that */
   bool abandoned; /* nobody wants its answer */
   bool vital;     /* the session is lost when it fails */
-  bool trails;    /* the operation waits for its answer, and does not care what that is */
+  bool announces; /* behind its own statement: whatever becomes of that, */
+  bool settled;   /* its own has been answered by then */
   bool draws;     /* a token */
   bool commits;   /* abandoned: on_lost is told when it fails, of the lock on `key` */
   bool committed; /* the server said so */
@@ -250,7 +251,7 @@ enum verb {
   VERB_UNLOCK,
   VERBS
 };
-enum { MANY = VERBS * 2 * 2, TOKEN = MANY + VERBS * 2, ANNOUNCEMENT, STATEMENTS };
+enum { MANY = VERBS * 2 * 2, TOKEN = MANY + VERBS * 2, STATEMENTS };
 
 #define ROLL_BACK_TO_SAVED "ROLLBACK TO SAVEPOINT pglocks"
 #define RELEASE_SAVED "RELEASE SAVEPOINT pglocks"
@@ -267,8 +268,10 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
                        const char *milliseconds, const char *comment);
 void command_guard(struct session *s, enum guard guard, const struct chain *chain);
 void command_token(struct session *s);
-/* Of so many markers: whoever waits for one hears of it. awaited: the operation ends after that. */
-void command_announce(struct session *s, const struct key *markers, int count, bool awaited);
+/* What is to be announced: whoever waits for one of the markers hears of it. Nobody waits for the answer.
+ * Commands that end a lock, outside a transaction or with it, announce that themselves: so nothing of it is
+ * left to see when they are answered. */
+void command_announce(struct session *s);
 void command_listen(struct session *s, const struct key *marker);
 void command_unlisten(struct session *s, const struct key *marker); /* NULL: of all */
 void command_begin_transaction(struct session *s);
@@ -282,8 +285,8 @@ void command_query(struct session *s, const char *sql, int nparams, const char *
 void command_sync(struct session *s);
 /* A Sync that nobody waits for. */
 void command_nothing(struct session *s);
-/* Ends the transaction without waiting; what comes next finds it ended. */
-void command_rollback(struct session *s);
+/* Ends the transaction. Not awaited: what comes next finds it ended. */
+void command_rollback(struct session *s, bool awaited);
 /* Takes in what has arrived and hands out answers; never waits. False: the session is lost. */
 bool commands_collect(struct session *s);
 void commands_drop(struct session *s); /* the session is gone: nobody will answer */
@@ -522,10 +525,8 @@ void transaction_open(lua_State *L); /* adds to the module at the top */
 bool marker_of(const struct key *key, struct key *marker);
 /* A lock on the key was let go. */
 void announce(struct session *s, const struct key *marker);
-/* Sends what is to be announced, if anything is. In a transaction that goes on it would come only at its
- * end. awaited: when the operation under way is over, nothing of this is left to see. */
-void announcements_send(struct session *s, bool awaited);
-/* Sends that, and what had to wait for a transaction's end, unless one is open. Nobody waits. */
+/* Sends what is to be announced, and what had to wait for a transaction's end, unless one is open. Nobody
+ * waits. */
 void notify_settle(struct session *s);
 void notify_open(lua_State *L); /* adds to the module at the top */
 

@@ -23,8 +23,8 @@ void query_advance(struct session *s) {
     if (op->result != NULL && *op->result != NULL)
       transaction_note_end(s, PQcmdStatus(*op->result));
     holdings_settle(s);
+    notify_settle(s);
     if (s->newest != unanswered) command_sync(s);
-    if (!s->in_transaction) announcements_send(s, true);
   }
   if (op->unanswered == 0 && !op->done)
     operation_done(s, op->failure.code, op->failure.sqlstate, "%s", op->failure.message);

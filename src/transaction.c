@@ -51,11 +51,7 @@ void commit_begin(struct session *s, const struct key *key, double seconds) {
   }
   holdings_announce_transaction(s);
   command_commit(s, waits ? NULL : key);
-  if (op->done) return;
-  if (waits)
-    announcements_send(s, true);
-  else
-    operation_done(s, NO_ERROR, "", NULL);
+  if (!waits && !op->done) operation_done(s, NO_ERROR, "", NULL);
 }
 
 static void rolling_back_advance(struct session *s) {
@@ -63,7 +59,7 @@ static void rolling_back_advance(struct session *s) {
   if (!answer->failed)
     query_advance(s);
   else if (answer->failure.code == INTERRUPTED && s->op.rounds++ < CANCELLED_AT_MOST)
-    command_simple(s, "ROLLBACK", NULL);
+    command_rollback(s, true);
   else
     session_lose(s, LOST, answer->failure.sqlstate, answer->failure.message);
 }
@@ -73,16 +69,14 @@ static const struct operation_kind rolling_back = {"rollback", false, rolling_ba
 
 void rollback_begin(struct session *s) {
   operation_begin(s, &rolling_back, s->reply_timeout);
-  holdings_announce_transaction(s);
-  command_simple(s, "ROLLBACK", NULL);
-  if (!s->op.done) announcements_send(s, true);
+  command_rollback(s, true);
 }
 
 void rollback_now(struct session *s) {
   if (s->op.kind != NULL)
     s->rollback_due = true;
   else
-    command_rollback(s);
+    command_rollback(s, false);
 }
 
 /* begin(conn), commit(conn): of conn:transaction, without a deadline for the COMMIT, which may have
