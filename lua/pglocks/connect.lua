@@ -191,6 +191,7 @@ local function each_address(keywords, resolves)
   for i = 1, count do
     local host = #names == count and names[i] or given "host"
     local address = #addresses == count and addresses[i] or given "hostaddr"
+    if address == "" then address = nil end -- there is none in the list, or no list
     local found = not address and not resolves and core.addresses(host) or { address or false }
     for _, one in ipairs(found) do
       local attempt = {}
