@@ -1261,6 +1261,11 @@ static bool ask_held(void) {
   return held;
 }
 
+/* Of the options that the program asks for. */
+static bool joins(unsigned slot) { return slot & 8; }
+
+static bool draws(unsigned slot) { return !joins(slot) && slot & 16; }
+
 /* Of what a call that acquires returned: a lock, or nil. True: one that is acquired. */
 static bool take_lock(bool attempt, unsigned slot) {
   bool acquired;
@@ -1278,6 +1283,9 @@ static bool take_lock(bool attempt, unsigned slot) {
     set = known_lock();
     all_must_be_held("an acquire", &set);
     lua_gc(L, LUA_GCRESTART);
+    lua_getfield(L, -1, "token");
+    if (lua_isnil(L, -1) != !draws(slot)) finding("a lock without its token, or with one of its own");
+    lua_pop(L, 1);
   } else if (!attempt)
     finding("a lock that is not acquired");
   lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
@@ -1396,9 +1404,9 @@ static void push_options(unsigned what, unsigned slot) {
   }
   lua_pushboolean(L, (what & 8) != 0);
   lua_setfield(L, -2, "comment");
-  lua_pushstring(L, slot & 8 ? "transaction" : "session");
+  lua_pushstring(L, joins(slot) ? "transaction" : "session");
   lua_setfield(L, -2, "scope");
-  lua_pushboolean(L, (slot & 24) == 16);
+  lua_pushboolean(L, draws(slot));
   lua_setfield(L, -2, "token");
 }
 
@@ -1801,7 +1809,7 @@ static void connect_client(bool scripted) {
 
 /* Between its calls the client has no savepoint of its own open. */
 static void no_savepoint_must_be_left(void) {
-  if (!run.honest || !is_settled()) return;
+  if (!run.honest || !is_settled() || server.transaction != 'T') return;
   for (int i = 0; i < server.savepoints; i++)
     if (strcmp(server.savepoint[i], "pglocks") == 0) finding("a savepoint is left open");
 }
