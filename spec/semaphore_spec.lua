@@ -236,6 +236,37 @@ describe("a semaphore", function()
     busy:release()
   end)
 
+  it("draws tokens, or has no slot where they cannot be drawn", function()
+    local conn = support.connect()
+    local fsync = conn:query("SHOW fsync")[1].fsync
+    local function switch(value)
+      support.observe("ALTER SYSTEM SET fsync = " .. value)
+      support.observe "SELECT pg_reload_conf()"
+      wait_until("fsync to be " .. value, function() return conn:query("SHOW fsync")[1].fsync == value end)
+    end
+    finally(function() switch(fsync) end)
+    switch "off"
+    for _, options in ipairs { { token = true, slots = 2 }, { token = true, slots = 2, strategy = "notify", timeout = 1 } } do
+      assert_code("server", conn.lock, conn, "x", options)
+      assert_holds_only(0, conn)
+      assert.is_nil(at_turnstile "x")
+    end
+    switch "on"
+    local last = 0
+    for _ = 1, 3 do
+      local lock = conn:lock("x", { token = true, slots = 2 })
+      assert.is_true(lock.token > last)
+      last = lock.token
+      lock:release()
+    end
+    local lock = conn:lock("x", { token = true, shared = true })
+    assert.is_true(lock.token > last)
+    last = lock.token
+    assert.is_true(lock:upgrade())
+    assert.is_true(lock.token > last)
+    lock:release()
+  end)
+
   -- ---- tries --------------------------------------------------------------------------------
 
   -- Not one of these may be turned away: there are as many slots.

@@ -656,6 +656,22 @@ describe("strategy", function()
     end
   end)
 
+  it("outlasts no timeout by getting ready to hear of many keys", function()
+    local holder, waiter, keys = support.connect(), support.connect(), {}
+    for i = 1, 32 do keys[i] = i end
+    holder:lock(32)
+    local listen = scheduled.listen
+    finally(function() scheduled.listen = listen end)
+    function scheduled.listen(...) -- over a slow network
+      support.sleep(0.02)
+      return listen(...)
+    end
+    local seconds, lock = support.timed(waiter.try_lock_all, waiter, keys, { strategy = "notify", timeout = 0.1 })
+    assert.is_nil(lock)
+    assert.is_true(seconds < 0.3 * support.slow, seconds)
+    assert_holds_only(0, waiter)
+  end)
+
   it("raises what a connection that is over raises", function()
     local conn = support.connect()
     conn:close()
