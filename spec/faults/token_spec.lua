@@ -13,7 +13,7 @@ local LONG = tonumber(os.getenv "PGLOCKS_STRESS_ROUNDS")
 local PROCESSES = 8
 local HAND_OVERS = LONG or math.max(500, math.floor(2000 * support.size))
 local CRASHES = LONG and 60 or math.max(3, math.floor(15 * math.min(1, support.size)))
-local PATIENCE = LONG and 500 or 100 -- seconds
+local PATIENCE = LONG and 400 or 100 -- seconds
 
 -- The role has its commits not wait for the disk, and what is not waited for is written late: tokens
 -- that were drawn so would be lost in a crash, and be drawn again.
