@@ -246,7 +246,9 @@ describe("a semaphore", function()
     end
     finally(function() switch(fsync) end)
     switch "off"
-    for _, options in ipairs { { token = true, slots = 2 }, { token = true, slots = 2, strategy = "notify", timeout = 1 } } do
+    for _, options in ipairs {
+      { token = true, slots = 2 }, { token = true, slots = 2, strategy = "notify", timeout = 1 },
+    } do
       assert_code("server", conn.lock, conn, "x", options)
       assert_holds_only(0, conn)
       assert.is_nil(at_turnstile "x")

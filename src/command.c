@@ -630,7 +630,8 @@ static void take_result(struct session *s, PGresult *result) {
     command_answered(s, c);
     return;
   case PGRES_TUPLES_OK:
-    if (c->settled) break;
+    if (c->told) break; /* of an announcement */
+    c->told = true;
     if (!note_value(s, c, result)) {
       PQclear(result);
       session_lose(s, POOLED, "", "the connection pooler answered from another session than the one"
@@ -640,7 +641,8 @@ static void take_result(struct session *s, PGresult *result) {
     /* fall through */
   case PGRES_COMMAND_OK:
   case PGRES_EMPTY_QUERY:
-    c->committed = strcmp(PQcmdStatus(result), "COMMIT") == 0;
+    c->committed = c->committed || (PQresultStatus(result) == PGRES_COMMAND_OK &&
+                                    strcmp(PQcmdStatus(result), "COMMIT") == 0);
     if (c->commits && strcmp(PQcmdStatus(result), "ROLLBACK") == 0) {
       failure_set(&c->answer.failure, ABORTED_TRANSACTION, "", ROLLED_BACK_MESSAGE);
       c->answer.failed = true;

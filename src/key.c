@@ -502,10 +502,15 @@ static int key_among(lua_State *L) {
   return 1;
 }
 
+static uint32_t shown_check(lua_State *L, int index) {
+  double n = luaL_checknumber(L, index);
+  if (!(n >= 0 && n <= UINT32_MAX)) luaL_argerror(L, index, "a number of pg_locks expected");
+  return (uint32_t)n;
+}
+
 /* key_shown(classid, objid, objsubid): the key that pg_locks shows so. */
 static int key_shown(lua_State *L) {
-  struct key key = {(uint32_t)luaL_checknumber(L, 1), (uint32_t)luaL_checknumber(L, 2),
-                    (uint8_t)luaL_checknumber(L, 3)};
+  struct key key = {shown_check(L, 1), shown_check(L, 2), (uint8_t)shown_check(L, 3)};
   key_push(L, &key);
   return 1;
 }

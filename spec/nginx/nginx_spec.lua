@@ -104,7 +104,8 @@ local locations = {
       say(pglocks.with_lock(name, { strategy = strategy, timeout = timeout, using = using },
         function(lock) return lock:check() end))
     end
-    say(pglocks.with_lock(name, { slots = 2, timeout = timeout, using = using }, function(lock) return lock.slot <= 2 end))
+    say(pglocks.with_lock(name, { slots = 2, timeout = timeout, using = using },
+      function(lock) return lock.slot <= 2 end))
     local own = name .. " of " .. ngx.var.connection -- nobody else reads
     say(pglocks.with_lock(own, { shared = true, timeout = timeout, using = using }, function(lock)
       return tostring(lock:upgrade { timeout = timeout }) .. " " .. tostring(lock:downgrade())
