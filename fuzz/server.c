@@ -446,6 +446,16 @@ int __wrap_PQpipelineSync(PGconn *pg) {
   return __real_PQpipelineSync(pg);
 }
 
+/* Behind an unlock. */
+static bool announces(const struct command *c) {
+  bool unlocks = false;
+  for (const struct statement *s = c->statements; s < c->statements + c->count; s++) {
+    if (unlocks && s->kind == SELECT) return true;
+    unlocks = unlocks || s->kind == UNLOCK;
+  }
+  return false;
+}
+
 PGresult *__wrap_PQgetResult(PGconn *pg) {
   PGresult *result = __real_PQgetResult(pg);
   struct command *c = &commands[told];
@@ -464,8 +474,8 @@ PGresult *__wrap_PQgetResult(PGconn *pg) {
   case PGRES_EMPTY_QUERY:
     break;
   case PGRES_TUPLES_OK:
-    if (PQntuples(result) == 0 || PQnfields(result) == 0 || c->has_row) break;
-    c->has_row = true; /* of the first statement that has one: an announcement may follow */
+    if (PQntuples(result) == 0 || PQnfields(result) == 0 || (c->has_row && announces(c))) break;
+    c->has_row = true;
     c->has_value = !PQgetisnull(result, 0, 0);
     c->length = PQgetlength(result, 0, 0);
     memcpy(c->value, PQgetvalue(result, 0, 0), (size_t)(c->length < MAX_SET ? c->length : MAX_SET));

@@ -565,13 +565,7 @@ local function under(name, loop)
       on_lost = more and more.on_lost, stop = more and more.stop, interval = more and more.interval or 0.01 }
   end
 
-  local function wait_in(what, condition)
-    local deadline = core.now() + 10 * support.slow
-    while not condition() do
-      if core.now() > deadline then error("waited in vain for " .. what, 2) end
-      loop.sleep(0.005)
-    end
-  end
+  local function wait_in(what, condition) support.wait_in(loop, what, condition) end
 
   local function test(title, body)
     it(title, function() loop.run(body) end)

@@ -8,14 +8,7 @@ local pglocks = require "pglocks"
 local core = support.core
 local pg_locks, wait_until = support.pg_locks, support.wait_until
 
--- In a program with a loop, whatever is looked at must not stop the loop.
-local function wait_in(loop, what, condition)
-  local deadline = core.now() + 10 * support.slow
-  while not condition() do
-    if core.now() > deadline then error("waited in vain for " .. what, 2) end
-    loop.sleep(0.005)
-  end
-end
+local wait_in = support.wait_in
 
 local function wait_until_waiting(loop, conn)
   wait_in(loop, "backend " .. conn.backend_pid .. " to wait", function()

@@ -41,13 +41,7 @@ end
 
 local hear = scheduled.hear
 
-local function wait_in(loop, what, condition)
-  local deadline = core.now() + 10 * support.slow
-  while not condition() do
-    if core.now() > deadline then error("waited in vain for " .. what, 2) end
-    loop.sleep(0.002)
-  end
-end
+local wait_in = support.wait_in
 
 describe("a semaphore", function()
   after_each(function()

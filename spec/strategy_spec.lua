@@ -173,13 +173,7 @@ local function under(name, loop)
     return support.connect(described)
   end
 
-  local function wait_in(what, condition)
-    local deadline = core.now() + 10 * support.slow
-    while not condition() do
-      if core.now() > deadline then error("waited in vain for " .. what, 2) end
-      loop.sleep(0.002)
-    end
-  end
+  local function wait_in(what, condition) support.wait_in(loop, what, condition) end
 
   -- A test whose body is a coroutine of the loop.
   local function test(title, body)

@@ -75,6 +75,15 @@ function support.wait_until(what, condition, seconds)
   error("waited in vain for " .. what, 2)
 end
 
+--- The same in a coroutine of a loop (spec/loops.lua), which must go on meanwhile.
+function support.wait_in(loop, what, condition)
+  local deadline = support.core.now() + 15 * support.slow
+  while not condition() do
+    if support.core.now() > deadline then error("waited in vain for " .. what, 2) end
+    loop.sleep(0.002)
+  end
+end
+
 --- Does the backend `pid` sleep in the queue of an advisory lock?
 function support.is_waiting(pid)
   local locks = support.observe([[SELECT 1 AS one FROM pg_locks l JOIN pg_stat_activity a USING (pid)

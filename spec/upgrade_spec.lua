@@ -25,13 +25,7 @@ end
 
 local X, S = "ExclusiveLock", "ShareLock"
 
-local function wait_in(loop, what, condition)
-  local deadline = core.now() + 15 * support.slow
-  while not condition() do
-    if core.now() > deadline then error("waited in vain for " .. what, 2) end
-    loop.sleep(0.002)
-  end
-end
+local wait_in = support.wait_in
 
 local function wait_until_waiting(loop, conn)
   wait_in(loop, "the wait", function() return support.is_waiting(conn.backend_pid) end)

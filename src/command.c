@@ -630,8 +630,7 @@ static void take_result(struct session *s, PGresult *result) {
     command_answered(s, c);
     return;
   case PGRES_TUPLES_OK:
-    if (c->told) break; /* of an announcement */
-    c->told = true;
+    if (c->settled) break;
     if (!note_value(s, c, result)) {
       PQclear(result);
       session_lose(s, POOLED, "", "the connection pooler answered from another session than the one"

@@ -228,7 +228,6 @@ struct command {
   bool vital;     /* the session is lost when it fails */
   bool announces; /* behind its own statement: whatever becomes of that, */
   bool settled;   /* its own has been answered by then */
-  bool told;      /* there was a row, or none, of a query: what counts is the first */
   bool draws;     /* a token */
   bool commits;   /* abandoned: on_lost is told when it fails, of the lock on `key` */
   bool committed; /* the server said so */
