@@ -91,7 +91,7 @@ describe("a collection in the middle of a call", function()
   end)
 end)
 
--- spec/alloc/alloc.c lets every allocation of some twenty steps fail, one after the other; with a
+-- spec/alloc/alloc.c lets every allocation of some thirty steps fail, one after the other; with a
 -- stride, only some of those from the 12th on of each step.
 local function failing_allocations(under, which, stride)
   local pipe = assert(io.popen(("%s build/%s/alloc %s spec/alloc/scenario.lua %d 2>&1"):format(
@@ -113,13 +113,13 @@ describe("an allocation that fails", function()
 
   it("in Lua leaves every lock as its object says, and no session behind (row 22, connecting;"
     .. " row 22, waiting; row 22, holding; row 22, releasing)", function()
-    failing_allocations(os.getenv "PGLOCKS_UNDER" or "", "lua", stride(4, 40, 1))
+    failing_allocations(os.getenv "PGLOCKS_UNDER" or "", "lua", stride(8, 60, 1))
   end)
 
   -- Sanitizers and valgrind have a malloc of their own.
   if not os.getenv "PGLOCKS_UNDER" then
     it("in libpq leaves every lock as its object says, or gives up the session", function()
-      failing_allocations("LD_PRELOAD=build/failing_malloc.so", "malloc", stride(60, 60, 5))
+      failing_allocations("LD_PRELOAD=build/failing_malloc.so", "malloc", stride(150, 150, 5))
     end)
   end
 end)
