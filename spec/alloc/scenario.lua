@@ -2,8 +2,8 @@
 
 local alloc, conninfo, malloc_fails = ...
 
--- LuaJIT tells libgcc of each trace that it compiles, and libgcc crashes without memory for that.
-if malloc_fails and rawget(_G, "jit") then require "jit".off() end
+-- Without memory LuaJIT's compiler crashes at times, and so does libgcc, which it tells of each trace.
+if rawget(_G, "jit") then require "jit".off() end
 
 -- LuaJIT itself does not survive a failure in loading this, which key.value does when it needs it.
 if rawget(_G, "jit") then require "ffi" end
