@@ -131,6 +131,14 @@ function support.signal(name, pid)
   assert(result == true or result == 0, "kill failed")
 end
 
+--- Has a process ended? Whose child it is may take a second or two to hear of it.
+function support.has_ended(pid)
+  local file = io.open(("/proc/%d/stat"):format(pid))
+  local status = file and file:read "*a" or ""
+  if file then file:close() end
+  return status == "" or status:find("%) Z") ~= nil
+end
+
 --- What a command of the shell prints, also to stderr.
 function support.shell(command)
   local pipe = assert(io.popen("{ " .. command .. "; } 2>&1"))

@@ -229,7 +229,9 @@ static bool guard_all(struct session *s, enum guard guard) {
   return sent;
 }
 
-void holdings_verify(struct session *s) { guard_all(s, GUARD_LOOK); }
+void holdings_verify(struct session *s) {
+  if (!guard_all(s, GUARD_LOOK)) transaction_replaced(s); /* none is left to ask about */
+}
 
 void holdings_announce_transaction(struct session *s) {
   double now = monotonic_now();

@@ -67,9 +67,7 @@ end
 function pooler.stop()
   if not running then return end
   support.signal("TERM", running.pid)
-  wait_until("pgbouncer's end", function()
-    return support.shell(("kill -0 %d || echo gone"):format(running.pid)):find "gone"
-  end)
+  wait_until("pgbouncer's end", function() return support.has_ended(running.pid) end)
   support.shell("rm -rf " .. running.folder)
   running = nil
 end

@@ -71,7 +71,7 @@ describe("a leader in nginx", function()
     assert.is_truthy(wait_until_another(first))
     wait_until("the old workers to end", function()
       for _, pid in ipairs(old) do
-        if support.shell(("kill -0 %d 2>/dev/null && echo there"):format(pid)):find "there" then return false end
+        if not support.has_ended(pid) then return false end
       end
       return true
     end)

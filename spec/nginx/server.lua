@@ -144,9 +144,7 @@ end
 
 function server:stop()
   pcall(support.signal, "TERM", self.pid)
-  support.wait_until("nginx to stop", function()
-    return not shell(("kill -0 %d 2>/dev/null && echo there"):format(self.pid)):find("there", 1, true)
-  end)
+  support.wait_until("nginx to stop", function() return support.has_ended(self.pid) end)
   shell("rm -rf " .. self.prefix)
 end
 
