@@ -510,7 +510,7 @@ void command_rollback(struct session *s, bool awaited) {
   struct command *c = command_begin(s);
   if (c == NULL) return;
   c->abandoned = c->vital = !awaited;
-  holdings_announce_transaction(s);
+  holdings_announce(s, false);
   command_end(s, c, send_sql(s, "ROLLBACK") && send_behind(s, c));
   if (awaited) return;
   if (s->pg == NULL) return;

@@ -474,7 +474,7 @@ static const struct operation_kind closing = {"close", false, closing_advance, c
 static void closing_begin(struct session *s) {
   operation_begin(s, &closing, s->reply_timeout);
   s->closing = true;
-  holdings_leave(s);
+  holdings_announce(s, true);
   if (s->holding_count > 0 || s->in_transaction)
     command_unlock_all(s);
   else

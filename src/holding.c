@@ -94,11 +94,11 @@ void holding_left(struct session *s, struct holding *h, double now) {
   h->announces = ANNOUNCES_NOTHING; /* again */
 }
 
-void holdings_leave(struct session *s) {
+void holdings_announce(struct session *s, bool all) {
   double now = monotonic_now();
-  for (size_t i = 0; i < s->bucket_count; i++)
+  for (size_t i = 0; (all || s->joined) && i < s->bucket_count; i++)
     for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
-      if (h->count > 0) holding_left(s, h, now);
+      if ((all || h->transaction) && h->count > 0) holding_left(s, h, now);
 }
 
 void holding_lost(struct session *s, struct holding *h) {
@@ -233,15 +233,8 @@ void holdings_verify(struct session *s) {
   if (!guard_all(s, GUARD_LOOK)) transaction_replaced(s); /* none is left to ask about */
 }
 
-void holdings_announce_transaction(struct session *s) {
-  double now = monotonic_now();
-  for (size_t i = 0; s->joined && i < s->bucket_count; i++)
-    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
-      if (h->transaction && h->count > 0) holding_left(s, h, now);
-}
-
 void holdings_leave_transaction(struct session *s) {
-  holdings_announce_transaction(s);
+  holdings_announce(s, false);
   for (size_t i = 0; i < s->bucket_count; i++)
     for (struct holding *h = s->buckets[i], *next; h != NULL; h = next) {
       next = h->next;

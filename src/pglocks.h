@@ -578,8 +578,6 @@ bool holding_set_name(struct holding *h, const char *name, size_t length);
 void holding_lost(struct session *s, struct holding *h);
 /* The last lock on it has been let go: to be announced, where it was held long enough. */
 void holding_left(struct session *s, struct holding *h, double now);
-/* The session is about to let go of everything. */
-void holdings_leave(struct session *s);
 /* Forgets a holding that nothing is held, in flight or in doubt on. */
 void holding_put(struct session *s, struct holding *h);
 void chain_add(struct chain *chain, struct holding *h);
@@ -590,9 +588,9 @@ void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holdings_answered(struct session *s, const struct command *command);
 bool holdings_any(const struct session *s); /* is anything held? */
-/* Those of the transaction's scope are about to end with it: to be announced. */
-void holdings_announce_transaction(struct session *s);
-/* They are no longer held. */
+/* Those of the transaction's scope, or all, are about to be let go: to be announced. */
+void holdings_announce(struct session *s, bool all);
+/* Those of the transaction's scope are no longer held. */
 void holdings_leave_transaction(struct session *s);
 /* Asks the server whether they are. */
 void holdings_verify(struct session *s);

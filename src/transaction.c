@@ -49,7 +49,7 @@ void commit_begin(struct session *s, const struct key *key, double seconds) {
     op->key = *key;
     op->has_key = true;
   }
-  holdings_announce_transaction(s);
+  holdings_announce(s, false);
   command_commit(s, waits ? NULL : key);
   if (!waits && !op->done) operation_done(s, NO_ERROR, "", NULL);
 }
