@@ -154,6 +154,7 @@ valgrind:
 # The targets of fuzz/, each for FUZZ_SECONDS. With libFuzzer, which is clang's.
 FUZZ_CC ?= clang
 export FUZZ_SECONDS ?= 60
+export FUZZ_SEED ?= 0
 FUZZ := -O1 -g -fno-omit-frame-pointer -fsanitize=fuzzer,address,undefined \
         -fno-sanitize-recover=undefined
 

@@ -443,6 +443,8 @@ void command_guard(struct session *s, enum guard guard, const struct chain *chai
   if (c == NULL) return;
   c->settles = guard == GUARD_UNLOCK;
   c->looks = guard == GUARD_LOOK;
+  /* Nobody else could tell whose the transaction is. */
+  c->vital = c->looks && chain->kind == LEAVING;
   c->marks = true;
   p.n = 0;
   add_keys(&p, s, chain);

@@ -160,15 +160,17 @@ static bool any_of_transaction(const struct session *s) {
 /* What the server was asked about after a statement of the user's that may have taken it away. */
 static void holdings_looked_at(struct session *s, const struct command *command) {
   enum value value = command->answer.value;
-  bool told = !command->answer.failed &&
-              (value == VALUE_TRUE || value == VALUE_SOME || value == VALUE_FALSE);
   struct holding *h, *after;
+  bool told = value == VALUE_TRUE || value == VALUE_SOME || value == VALUE_FALSE;
   for (h = command->leaving.first; h != NULL; h = after) {
     after = h->after[LEAVING];
-    if (!told || !h->found[LEAVING]) holding_lost(s, h);
+    if (!h->found[LEAVING]) holding_lost(s, h);
     holding_put(s, h);
   }
-  if (told && !any_of_transaction(s)) transaction_replaced(s);
+  if (!command->answer.failed && !told)
+    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
+  else if (!command->answer.failed && !any_of_transaction(s))
+    transaction_replaced(s);
 }
 
 void holdings_answered(struct session *s, const struct command *command) {
@@ -229,9 +231,7 @@ static bool guard_all(struct session *s, enum guard guard) {
   return sent;
 }
 
-void holdings_verify(struct session *s) {
-  if (!guard_all(s, GUARD_LOOK)) transaction_replaced(s); /* none is left to ask about */
-}
+void holdings_verify(struct session *s) { guard_all(s, GUARD_LOOK); }
 
 void holdings_leave_transaction(struct session *s) {
   holdings_announce(s, false);
