@@ -231,7 +231,7 @@ help:
 	@echo "make lint       check style and suspicious code"
 	@echo "make sanitize   run the specs with AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make valgrind   run the specs under valgrind"
-	@echo "make fuzz       feed arbitrary arguments, and a server that lies; FUZZ_SECONDS=60"
+	@echo "make fuzz       feed arbitrary arguments, and a server that lies; FUZZ_SECONDS=60 FUZZ_SEED=0"
 	@echo "make rock       build and load the rock, for both"
 	@echo "make bench      compare with C by hand and with other libraries; SHORT=1 ONLY=part"
 	@echo "make bench-plot  draw what make bench has measured, into build/bench/"

@@ -344,6 +344,28 @@ describe("a lock of the transaction's scope", function()
     end)
   end)
 
+  it("is lost with its session where nobody can tell which locks a ROLLBACK has left", function()
+    observe "CREATE ROLE blind LOGIN"
+    observe "CREATE DATABASE blind"
+    finally(function()
+      support.finish()
+      observe "DROP DATABASE blind"
+      observe "DROP ROLE blind"
+    end)
+    connect { dbname = "blind" }:query "REVOKE SELECT ON pg_catalog.pg_locks FROM PUBLIC"
+    local told
+    local conn = connect { dbname = "blind", user = "blind", on_lost = function(_, err) told = err end }
+    local lock = conn:lock("x", TRANSACTION)
+    conn:query "SAVEPOINT here"
+    assert.equal("42501", assert_code("lost", conn.query, conn, "ROLLBACK TO here").sqlstate)
+    assert.equal("42501", told.sqlstate)
+    assert.is_false(conn:alive())
+    assert.is_false(lock:held())
+    assert_code("lost", lock.release, lock)
+    local still_there = "SELECT 1 FROM pg_stat_activity WHERE usename = 'blind'"
+    wait_until("the end of the session", function() return #observe(still_there) == 0 end)
+  end)
+
   it("is listed with its scope and count", function()
     local conn = connect()
     local session = conn:lock "s"
@@ -581,7 +603,7 @@ describe("a lock of the transaction's scope", function()
     if support.cannot_signal then return pending(support.cannot_signal) end
     local told = {}
     local conn = connect { on_lost = function(_, err, locks) told[#told + 1] = { err.code, #locks } end }
-    local lock = conn:lock("x", TRANSACTION)
+    local lock, witness = conn:lock("x", TRANSACTION), connect()
     support.signal("STOP", conn.backend_pid)
     core.start.release(lock)
     support.signal("KILL", conn.backend_pid)
@@ -591,6 +613,7 @@ describe("a lock of the transaction's scope", function()
     assert.is_number(err.free_by)
     assert.same({ { "lost", 1 } }, told)
     assert.is_false(lock:held())
+    wait_until("the crash", function() return not witness:alive() end) -- of all sessions
     wait_until("the server", function() return pcall(observe, "SELECT 1") end)
   end)
 

@@ -159,18 +159,13 @@ static bool any_of_transaction(const struct session *s) {
 
 /* What the server was asked about after a statement of the user's that may have taken it away. */
 static void holdings_looked_at(struct session *s, const struct command *command) {
-  enum value value = command->answer.value;
   struct holding *h, *after;
-  bool told = value == VALUE_TRUE || value == VALUE_SOME || value == VALUE_FALSE;
   for (h = command->leaving.first; h != NULL; h = after) {
     after = h->after[LEAVING];
     if (!h->found[LEAVING]) holding_lost(s, h);
     holding_put(s, h);
   }
-  if (!command->answer.failed && !told)
-    session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
-  else if (!command->answer.failed && !any_of_transaction(s))
-    transaction_replaced(s);
+  if (!any_of_transaction(s)) transaction_replaced(s);
 }
 
 void holdings_answered(struct session *s, const struct command *command) {
@@ -180,8 +175,11 @@ void holdings_answered(struct session *s, const struct command *command) {
   bool untouched = answer->failed && !command->settles && failure_never_ran(&answer->failure);
   bool told = false;
   struct holding *h, *after;
-  if (command->looks) {
-    holdings_looked_at(s, command);
+  if (command->looks) { /* when it fails the session is lost */
+    if (!failed)
+      holdings_looked_at(s, command);
+    else if (!answer->failed)
+      session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
     return;
   }
   for (h = command->leaving.first; h != NULL; h = h->after[LEAVING])
