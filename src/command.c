@@ -95,6 +95,7 @@ struct statement {
   " FROM (SELECT (SELECT k.i FROM " KEYS " WHERE NOT " ON_EACH("pg_try_advisory_lock" mode)      \
   " LIMIT 1) OFFSET 0) busy(i)"
 #define UNLOCK_ALL_SQL(mode) MARKS("WHEN " ON_EACH("pg_advisory_unlock" mode), "")
+#define TRY_EACH_SQL(mode) MARKS("WHEN " ON_EACH("pg_try_advisory_lock" mode), "")
 
 /* Everything is qualified: a role that may create functions must not hijack a lock. */
 static const struct statement statements[STATEMENTS] = {
@@ -125,6 +126,8 @@ static const struct statement statements[STATEMENTS] = {
     {"pglocks_xact_try_all_shared", XACT_TRY_ALL_SQL("_shared")},
     {"pglocks_unlock_all", UNLOCK_ALL_SQL("")},
     {"pglocks_unlock_all_shared", UNLOCK_ALL_SQL("_shared")},
+    {"pglocks_try_each", TRY_EACH_SQL("")},
+    {"pglocks_try_each_shared", TRY_EACH_SQL("_shared")},
     {"pglocks_token", TOKEN_SQL},
 };
 
@@ -385,12 +388,14 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
                        const char *milliseconds, const char *comment) {
   const struct holding *h = chain->first;
   bool many = chain->count > 1, joins = verb_joins(verb), written;
-  int id = many ? MANY + (int)verb * 2 + h->shared
-                : (int)verb * 4 + h->shared * 2 + (h->key.objsubid == 2);
+  bool each = many && verb == VERB_TRY && s->op.each;
+  int id = each   ? TRY_EACH + h->shared
+           : many ? MANY + (int)verb * 2 + h->shared
+                  : (int)verb * 4 + h->shared * 2 + (h->key.objsubid == 2);
   struct parameters p;
   struct command *c = command_about(s, chain);
   if (c == NULL) return;
-  c->marks = verb == VERB_UNLOCK;
+  c->marks = verb == VERB_UNLOCK || each;
   p.n = 0;
   if (many)
     add_keys(&p, s, chain);

@@ -112,6 +112,15 @@ void connection_tell_free(lua_State *L, int index) {
     lua_pop(L, 2);
 }
 
+void connection_tell_end(lua_State *L, int index) {
+  if (!lua_checkstack(L, 5)) return;
+  lua_pushvalue(L, index);
+  slot_get(L, -1, SLOT_ON_END);
+  lua_insert(L, -2);
+  lua_pushvalue(L, index + 1);
+  if (lua_pcall(L, 2, 0, 0) != 0) lua_pop(L, 1);
+}
+
 /* ---- the pump -------------------------------------------------------------------------- */
 
 /* take(conn): what libpq wants to send, at most 16 KiB of it; nil: nothing now. */
@@ -555,7 +564,7 @@ static int connection_cancel(lua_State *L) {
 }
 
 /* configure(conn, { reply_timeout =, deferred =, commits_deferred =, lease =, scheduled =, pooled =,
- * backend_pid =, on_lost =, on_free = }) */
+ * backend_pid =, on_lost =, on_free =, on_end = }) */
 static int configure(lua_State *L) {
   struct session *s = connection_check(L, 1);
   lua_getfield(L, 2, "reply_timeout");
@@ -568,6 +577,8 @@ static int configure(lua_State *L) {
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_LOST);
   lua_getfield(L, 2, "on_free");
   if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_FREE);
+  lua_getfield(L, 2, "on_end");
+  if (!lua_isnil(L, -1)) slot_set(L, 1, SLOT_ON_END);
   lua_getfield(L, 2, "commits_deferred");
   if (!lua_isnil(L, -1)) s->commits_deferred = lua_toboolean(L, -1);
   lua_getfield(L, 2, "lease");
@@ -579,6 +590,12 @@ static int configure(lua_State *L) {
   lua_getfield(L, 2, "backend_pid");
   if (!lua_isnil(L, -1)) s->backend_pid = (int)luaL_checkinteger(L, -1);
   return 0;
+}
+
+/* forks(): changes in a child process. */
+static int forks(lua_State *L) {
+  lua_pushinteger(L, (lua_Integer)session_forks());
+  return 1;
 }
 
 /* in_transaction(conn): is one open, as the server last said? */
@@ -790,6 +807,7 @@ static const luaL_Reg functions[] = {{"addresses", addresses},
                                      {"default_host", default_host},
                                      {"finish", finish},
                                      {"give", give},
+                                     {"forks", forks},
                                      {"in_transaction", in_transaction},
                                      {"is_free", is_free},
                                      {"is_idle", is_idle},

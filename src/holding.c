@@ -31,6 +31,14 @@ bool holding_in_scope(struct session *s, const struct key *key, bool transaction
   return (exclusive != NULL && exclusive->count > 0) || (shared != NULL && shared->count > 0);
 }
 
+static bool is_leaving(const struct holding *h) {
+  return h != NULL && (h->releasing > 0 || h->doubtful);
+}
+
+bool holding_leaves(struct session *s, const struct key *key) {
+  return is_leaving(*holding_find(s, key, false, false)) || is_leaving(*holding_find(s, key, true, false));
+}
+
 /* More buckets; without memory for them the chains just grow longer. */
 static void holdings_grow(struct session *s) {
   size_t old_count = s->bucket_count;

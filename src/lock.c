@@ -32,6 +32,7 @@ struct lock {
   bool shared, acquired, many; /* many: made by lock_all, be it of one key */
   bool transaction;            /* of its scope */
   bool draws;                  /* a token with every acquire */
+  bool joined;                 /* beside another one: on_end is told of its scope's end */
   int slot;                    /* of a semaphore; 0: none */
   unsigned long began;         /* the number of the transaction that began with it; 0: none */
   uint64_t token;
@@ -315,10 +316,15 @@ static void acquire_send(struct session *s) {
                     op->comment);
 }
 
+static bool was_got(const struct session *s, const struct holding *h) {
+  return !s->op.each || s->op.answer.value == VALUE_TRUE ||
+         (s->op.answer.value == VALUE_SOME && h->found[ASKED]);
+}
+
 static void count_members(struct session *s, struct lock *lock) {
   for (size_t i = 0; i < lock->count; i++) {
     struct member *m = &lock->members[i];
-    if (!member_lost(m)) continue;
+    if (!member_lost(m) || !was_got(s, m->holding)) continue;
     if (m->holding->count == 0) {
       m->holding->since = s->op.started + lock->waited;
       m->holding->announces = ANNOUNCES_ITSELF;
@@ -355,10 +361,18 @@ static void granted(struct session *s) {
   finished(s, NO_ERROR, "");
 }
 
+/* Of those that were tried each for itself. What a failed statement got before it failed is got. */
+static void got_some(struct session *s) {
+  count_members(s, s->op.lock);
+  s->op.lock->state = LOCK_HELD;
+  finished(s, s->op.failure.code, s->op.failure.message);
+}
+
 static bool is_answer(const struct operation *op) {
   enum value value = op->answer.value;
   const struct chain *asked = &op->asked;
-  if (op->timeout == 0) return value == VALUE_TRUE || value == VALUE_FALSE;
+  if (op->timeout == 0)
+    return value == VALUE_TRUE || value == VALUE_FALSE || (op->each && value == VALUE_SOME);
   return value == (asked->count > 1 || (op->timeout > 0 && asked->first->transaction)
                        ? VALUE_TRUE
                        : VALUE_OTHER);
@@ -432,7 +446,7 @@ static void acquire_advance(struct session *s) {
   if (op->answer.failed) {
     op->failure = op->answer.failure;
     /* A release in doubt before us may have left the server counting 2: adopt no such lock. */
-    op->guard = op->failure.code == TIMEOUT && !op->interrupted && !doubts_asked(s)
+    op->guard = (op->failure.code == TIMEOUT || op->each) && !op->interrupted && !doubts_asked(s)
                     ? GUARD_LOOK
                     : GUARD_UNLOCK;
     recover(s, GUARD);
@@ -447,6 +461,8 @@ static void acquire_advance(struct session *s) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
     op->rounds++;
     go(s, SETTLE);
+  } else if (op->each) {
+    got_some(s);
   } else if (op->answer.value == VALUE_FALSE) {
     failure_set(&op->failure, TIMEOUT, "", "%s", "");
     if (op->begins || keeps_savepoint(op))
@@ -491,6 +507,12 @@ static int acquire_finish(lua_State *L, struct session *s) {
   if (op->failure.code == NO_ERROR && lock->transaction && s->rollback_due)
     failure_set(&op->failure, ABORTED_TRANSACTION, "",
                 "the lock that began the transaction was let go: it is rolled back");
+  if (op->each && op->failure.code != NO_ERROR && s->state == SESSION_OPEN) {
+    struct failure failure = op->failure;
+    operation_drop(s);
+    failure_push(L, &failure, NULL);
+    return 2;
+  }
   if (op->failure.code != NO_ERROR) uncount(s, lock);
   if (op->failure.code == TIMEOUT && demand != DEMAND_LOCK) {
     operation_drop(s);
@@ -705,8 +727,17 @@ static int check_all_arguments(lua_State *L) {
   return 0;
 }
 
-/* The lock exists, closed, before anything is sent: nothing that Lua may refuse comes after. */
-static struct lock *lock_new(lua_State *L, struct session *s, bool many, const struct options *o) {
+/* From now on it is one of the connection at `index`, or of that of the lock there. */
+static void lock_bind(lua_State *L, int lock_index, int index, struct lock *lock,
+                      struct session *s) {
+  push_environment(L, index);
+  set_environment(L, lock_index);
+  lock->session = s;
+  s->refs++;
+}
+
+/* Of no connection yet. */
+static struct lock *lock_make(lua_State *L, bool many, const struct options *o) {
   size_t names_length = !many && lua_type(L, 2) == LUA_TSTRING ? lua_rawlen(L, 2) : 0;
   size_t count = many ? list_check(L, &names_length) : 1, used = 0;
   struct lock *lock =
@@ -728,13 +759,17 @@ static struct lock *lock_new(lua_State *L, struct session *s, bool many, const s
     lua_pop(L, 1);
   }
   if (many) sort_members(lock);
+  return lock;
+}
+
+/* The lock exists, closed, before anything is sent: nothing that Lua may refuse comes after. */
+static struct lock *lock_new(lua_State *L, struct session *s, bool many, const struct options *o) {
+  struct lock *lock = lock_make(L, many, o);
   push_environment(L, 1);
   lua_rawgeti(L, -1, SLOT_LOCK);
-  lua_insert(L, -2);
-  set_environment(L, -3);
-  lua_setmetatable(L, -2);
-  lock->session = s;
-  s->refs++;
+  lua_setmetatable(L, -3);
+  lua_pop(L, 1);
+  lock_bind(L, lua_gettop(L), 1, lock, s);
   return lock;
 }
 
@@ -944,7 +979,8 @@ static bool is_ours(const struct session *s) {
 /* Lets go of a lock. What the server must let go then is added to the chain, or in doubt. */
 static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
   bool ours = is_ours(s);
-  bool sends = !s->transaction_failed && (s->op.kind == NULL || s->op.kind == &releasing);
+  bool sends = !s->transaction_failed &&
+               (s->op.kind == NULL || s->op.kind == &releasing || s->op.each);
   double now = monotonic_now();
   lock->state = LOCK_RELEASED;
   if (lock->transaction) return; /* what it holds ends with that */
@@ -1077,6 +1113,9 @@ static void conclude(struct session *s) {
     conclude_check(s);
   else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
+  else if (op->each && op->guard == GUARD_LOOK &&
+           !(failure_never_ran(&op->failure) && op->rounds == 0))
+    got_some(s);
   else if (held == VALUE_SOME || (held == VALUE_TRUE && op->interrupted)) {
     op->guard = GUARD_UNLOCK;
     go(s, GUARD);
@@ -1166,11 +1205,22 @@ static int lock_held(lua_State *L) {
   return 1;
 }
 
+/* Whoever had it join decides who holds next. */
+static void tell_end(lua_State *L, const struct lock *lock) {
+  if (!lock->joined || lock_state(lock) != LOCK_HELD || !is_ours(lock->session)) return;
+  connection_insert(L, lock);
+  connection_tell_end(L, 1);
+  lua_remove(L, 1);
+}
+
 /* __close: as release(), but never raises. */
 static int lock_scope_end(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, sizeof *lock, LOCK_MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL || lock->state != LOCK_HELD) return 0;
+  lua_settop(L, 1);
+  tell_end(L, lock);
+  if (lock->state != LOCK_HELD) return 0;
   if (s->op.kind != NULL || s->scheduled || session_is_foreign(s))
     release_now(s, lock);
   else {
@@ -1199,6 +1249,7 @@ static int lock_collect(lua_State *L) {
   struct lock *lock = test_userdata(L, 1, sizeof *lock, LOCK_MAGIC);
   struct session *s = lock != NULL ? lock->session : NULL;
   if (s == NULL) return 0;
+  tell_end(L, lock);
   if (lock->state == LOCK_HELD)
     release_now(s, lock);
   else if (s->op.lock == lock) /* its connection goes too: nobody can drive the acquire on */
@@ -1269,6 +1320,148 @@ static int connection_locks(lua_State *L) {
   return 1;
 }
 
+/* ---- for many owners on one connection -------------------------------------------------- */
+
+/* The bytes of a key. */
+static void identity_push(lua_State *L, const struct key *key) {
+  char bytes[sizeof key->classid + sizeof key->objid + 1];
+  memcpy(bytes, &key->classid, sizeof key->classid);
+  memcpy(bytes + sizeof key->classid, &key->objid, sizeof key->objid);
+  bytes[sizeof bytes - 1] = (char)key->objsubid;
+  lua_pushlstring(L, bytes, sizeof bytes);
+}
+
+/* closed_lock(key, options): a lock of no connection yet, the string of its key, whether it is to be shared,
+ * its timeout or nil, whether a token is asked for; and whether anything is that takes a connection of its
+ * own. Raises what conn:lock would raise about them. */
+static int closed_lock(lua_State *L) {
+  struct options o;
+  struct lock *lock;
+  lua_settop(L, 2);
+  lua_pushnil(L);
+  lua_insert(L, 1);
+  lua_settop(L, 4);
+  options_check(L, &o);
+  lock = lock_make(L, false, &o);
+  lock->draws = false;
+  luaL_setmetatable(L, LOCK_TYPE);
+  identity_push(L, &lock->members[0].key);
+  lua_pushboolean(L, o.shared);
+  if (o.timeout >= 0)
+    lua_pushnumber(L, o.timeout);
+  else
+    lua_pushnil(L);
+  lua_pushboolean(L, o.token);
+  lua_pushboolean(L, o.patient || o.slots > 0 || o.scope == SCOPE_TRANSACTION);
+  return 6;
+}
+
+/* standing(lock): the string of its key; nothing when it is not held. Raises lost, once, and forked. */
+static int standing(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  struct session *s = connection_insert(L, lock);
+  enum lock_state state;
+  if (session_is_foreign(s)) connection_ready(L, 1, s);
+  session_alive(s);
+  connection_tell_loss(L, 1, s);
+  state = lock_state(lock);
+  if (state == LOCK_HELD && s->state == SESSION_OPEN) {
+    identity_push(L, &lock->members[0].key);
+    return 1;
+  }
+  if (lock->state == LOCK_HELD && s->state != SESSION_CLOSED) {
+    struct failure failure = s->loss;
+    if (s->state != SESSION_LOST) failure_set(&failure, LOST, "", NOT_HELD_MESSAGE);
+    failure.code = LOST;
+    release_now(s, lock);
+    failure_push(L, &failure, &lock->members[0].key);
+    lua_error(L);
+  }
+  return 0;
+}
+
+/* identity(lock): the string of its key; nothing when it is known not to be held. */
+static int identity(lua_State *L) {
+  struct lock *lock = lock_check(L);
+  if (lock_state(lock) != LOCK_HELD || !is_ours(lock->session)) return 0;
+  identity_push(L, &lock->members[0].key);
+  return 1;
+}
+
+/* leaves(conn, lock): is a release of the lock's key under way? */
+static int leaves(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
+  lua_pushboolean(L, is_ours(s) && holding_leaves(s, &lock->members[0].key));
+  return 1;
+}
+
+/* try_each(conn, locks): tries the keys of closed locks, all of one mode, each for itself. `finish` returns
+ * one lock on those that it got, for others to join, and the error if the statement failed. */
+static int start_try_each(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  size_t count = lua_rawlen(L, 2);
+  struct lock *lock;
+  luaL_checktype(L, 2, LUA_TTABLE);
+  luaL_argcheck(L, count > 0, 2, "at least one lock expected");
+  lock = new_userdata(L, sizeof *lock + count * sizeof *lock->members);
+  memset(lock, 0, sizeof *lock);
+  lock->magic = LOCK_MAGIC;
+  lock->many = true;
+  lock->count = count;
+  luaL_setmetatable(L, LOCK_TYPE);
+  for (size_t i = 0; i < count; i++) {
+    struct lock *one;
+    lua_rawgeti(L, 2, (int)i + 1);
+    one = check_userdata(L, -1, LOCK_TYPE, sizeof *one, LOCK_MAGIC);
+    lock->shared = one->shared;
+    lock->members[i] = one->members[0];
+    lua_pop(L, 1); /* the list keeps it, and its name */
+  }
+  sort_members(lock);
+  lock_bind(L, 3, 1, lock, s);
+  connection_ready(L, 1, s);
+  if (!command_reserve(s, lock->count) || !find_holdings(s, lock))
+    return luaL_error(L, "not enough memory");
+  for (size_t i = 0; i < lock->count; i++) lock->members[i].name = NULL;
+  operation_begin(s, &acquiring, s->reply_timeout);
+  s->op.lock = lock;
+  s->op.demand = DEMAND_TRY;
+  s->op.timeout = 0;
+  s->op.each = true;
+  lock->state = LOCK_ACQUIRING;
+  ask_for_all(s, lock);
+  if (s->op.asked.count == 0)
+    got_some(s);
+  else
+    go(s, doubts_asked(s) ? SETTLE : MAIN);
+  slot_set(L, 1, SLOT_PENDING);
+  return 0;
+}
+
+/* join(conn, lock, waited): a closed lock becomes one more on what the connection holds of its key and mode.
+ * False: it holds nothing of that. */
+static int join(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
+  struct member *m = lock->members;
+  bool held;
+  if (lock->session != NULL) return luaL_error(L, "this lock was used before");
+  m->holding = is_ours(s) ? holding_get(s, &m->key, lock->shared, false) : NULL;
+  held = m->holding != NULL && m->holding->count > 0;
+  if (held) {
+    lock_bind(L, 2, 1, lock, s);
+    if (m->holding->count == 1) holding_set_name(m->holding, m->name, m->name_length);
+    member_count(m);
+    lock->state = LOCK_HELD;
+    lock->acquired = lock->joined = true;
+    lock->waited = luaL_optnumber(L, 3, 0);
+  } else if (m->holding != NULL)
+    holding_put(s, m->holding);
+  lua_pushboolean(L, held);
+  return 1;
+}
+
 static const luaL_Reg lock_metamethods[] = {{"__close", lock_scope_end},
                                             {"__gc", lock_collect},
                                             {"__tostring", lock_tostring},
@@ -1290,6 +1483,7 @@ static const luaL_Reg starters[] = {{"attempt", start_attempt},
                                     {"lock_all", start_lock_all},
                                     {"release", start_release},
                                     {"try_lock", start_try_lock},
+                                    {"try_each", start_try_each},
                                     {"try_lock_all", start_try_lock_all},
                                     {NULL, NULL}};
 
@@ -1373,11 +1567,16 @@ static const luaL_Reg functions[] = {{"annotate", annotate},
                                      {"attempt", attempt},
                                      {"check", check_arguments},
                                      {"check_all", check_all_arguments},
+                                     {"closed_lock", closed_lock},
                                      {"connection_of", connection_of},
                                      {"exchange", exchange},
                                      {"holds", holds},
+                                     {"identity", identity},
+                                     {"join", join},
+                                     {"leaves", leaves},
                                      {"let_go", let_go_now},
                                      {"patiently", patiently},
+                                     {"standing", standing},
                                      {NULL, NULL}};
 
 void lock_open(lua_State *L) {

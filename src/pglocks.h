@@ -251,7 +251,7 @@ enum verb {
   VERB_UNLOCK,
   VERBS
 };
-enum { MANY = VERBS * 2 * 2, TOKEN = MANY + VERBS * 2, STATEMENTS };
+enum { MANY = VERBS * 2 * 2, TRY_EACH = MANY + VERBS * 2, TOKEN = TRY_EACH + 2, STATEMENTS };
 
 #define ROLL_BACK_TO_SAVED "ROLLBACK TO SAVEPOINT pglocks"
 #define RELEASE_SAVED "RELEASE SAVEPOINT pglocks"
@@ -326,6 +326,7 @@ struct operation {
   int resume;     /* the state after the transaction was put right */
   int rounds;     /* of statements that a cancel hit */
   bool begins;    /* its statement began a transaction */
+  bool each;      /* tries many keys, each for itself */
   uint64_t token; /* drawn for it */
   double timeout; /* seconds, < 0: none */
   const char *comment; /* SQL before the statement, kept alive by the environment; or NULL */
@@ -436,6 +437,7 @@ void session_close(struct session *s);
 void session_lose(struct session *s, enum code code, const char *sqlstate, const char *message);
 bool session_has_input(const struct session *s);
 bool session_alive(struct session *s); /* looks at the socket, no round trip */
+unsigned session_forks(void);                     /* how many forks made this process */
 bool session_is_foreign(const struct session *s); /* made by a parent process */
 void session_note_transaction(struct session *s);
 /* A file descriptor for the caller, readable while the socket is, and for good once that is closed;
@@ -473,6 +475,7 @@ enum slot {
   SLOT_TELL_LOSS, /* calls on_lost */
   SLOT_ON_LOST,
   SLOT_ON_FREE, /* called when a lock has been let go */
+  SLOT_ON_END,  /* called when the scope of a lock ends that has joined another */
   SLOT_LOCK,    /* the metatable of locks */
   SLOTS = SLOT_LOCK
 };
@@ -487,6 +490,7 @@ struct session *connection_find(lua_State *L, int index);  /* NULL: it was colle
 void connection_ready(lua_State *L, int index, struct session *s);
 void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
 void connection_tell_free(lua_State *L, int index); /* on_free(conn), protected */
+void connection_tell_end(lua_State *L, int index); /* of the lock behind it: on_end(conn, lock), protected */
 /* Pushes the method whose name is at 2, of `scheduled` or of the methods; or nil, and false. */
 bool method_push(lua_State *L, bool scheduled);
 void connection_open(lua_State *L);
@@ -572,6 +576,8 @@ struct holding {
 struct holding *holding_get(struct session *s, const struct key *key, bool shared, bool transaction);
 /* Is the key held in that scope, in any mode? */
 bool holding_in_scope(struct session *s, const struct key *key, bool transaction);
+/* Is a release of the key under way, in any mode of session scope? */
+bool holding_leaves(struct session *s, const struct key *key);
 /* For conn:locks(); name may be NULL. False: no memory. */
 bool holding_set_name(struct holding *h, const char *name, size_t length);
 /* The server does not know the lock: something in this session let it go behind our back. */

@@ -46,6 +46,8 @@ static void child_lets_go(void) {
   unlock_sessions();
 }
 
+unsigned session_forks(void) { return fork_generation; }
+
 bool session_is_foreign(const struct session *s) { return s->born != fork_generation; }
 
 /* ---- sessions -------------------------------------------------------------------------- */

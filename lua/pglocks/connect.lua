@@ -64,6 +64,14 @@ local OPTIONS = {
     '"session" or "transaction"' },
   pool_size = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
     "an integer, at least 1" },
+  max_connections = { function(v) return type(v) == "number" and v >= 2 and v % 1 == 0 end,
+    "an integer, at least 2" },
+  locks_per_connection = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
+    "an integer, at least 1" },
+  handovers = { function(v) return type(v) == "number" and v >= 0 and v % 1 == 0 end,
+    "an integer, at least 0" },
+  handover_time = { function(v) return type(v) == "number" and v >= 0 and v < math.huge end,
+    "seconds, 0 or more" },
   scheduler = true, -- by scheduled.choose
 }
 

@@ -7,6 +7,7 @@
 local core = require "pglocks.core"
 require "pglocks.all_locks"
 local opening = require "pglocks.connect"
+local locker = require "pglocks.locker"
 local pool = require "pglocks.pool"
 local scheduled = require "pglocks.scheduled"
 require "pglocks.patience"
@@ -157,6 +158,19 @@ end
 function pglocks.selftest(described)
   local keywords, options = describe(described)
   return (require "pglocks.selftest"(keywords, options))
+end
+
+--- Many owners on few connections: with the lock calls of a connection, but each lock is an owner of its
+--- own. It opens connections when it needs them.
+---
+---     local locker = pglocks.locker { conninfo = "postgresql:///app", scheduler = "cqueues" }
+---@param described? string|pglocks.description
+---@return pglocks.locker
+function pglocks.locker(described)
+  local keywords, options = describe(described)
+  local wrong = locker.unsuited(options)
+  if wrong then core.raise_argument(1, wrong) end
+  return locker.new(keywords, options)
 end
 
 local databases = {} -- by name: { keywords, options }

@@ -2,6 +2,7 @@
 -- give each other what they hold, and the first mode is let go: so it is held all the time.
 
 local core = require "pglocks.core"
+local scheduled = require "pglocks.scheduled"
 
 core.own_source(debug.getinfo(1, "S").source)
 
@@ -32,7 +33,7 @@ local function check_held(lock)
 end
 
 -- True, or nil when the other mode was not to be had.
-local function change(lock, timeout)
+local function change_here(lock, timeout, is_shared)
   local conn, key = core.connection_of(lock), lock.key
   local try = key and conn.try_lock or conn.try_lock_all
   local other = try(conn, key or lock.keys, {
@@ -44,8 +45,18 @@ local function change(lock, timeout)
     check_held(lock)
     core.raise("not_held", "this lock was released meanwhile")
   end
-  other:release()
+  if is_shared then
+    core.let_go(other)
+  else
+    other:release()
+  end
   return true
+end
+
+local function change(lock, timeout)
+  local owners = scheduled.shared_by[core.connection_of(lock)]
+  if not owners then return change_here(lock, timeout) end
+  return owners:change(lock, timeout, function(attempt) return change_here(lock, attempt, true) end)
 end
 
 function core.lock:upgrade(options)

@@ -130,12 +130,25 @@ local function still_held(lock, ...)
   return ...
 end
 
-function core.scheduled.lock.check(lock, ...)
+local function check(lock, ...)
   return still_held(lock, call(core.connection_of(lock), core.start.check, lock, ...))
+end
+
+-- By connection, in whose place many owners have it, as turns.lua does: with release(lock),
+-- check(lock, check, timeout) and change(lock, timeout, change).
+local shared_by = setmetatable({}, { __mode = "kv" })
+scheduled.shared_by = shared_by
+
+function core.scheduled.lock.check(lock, ...)
+  local owners = shared_by[core.connection_of(lock)]
+  if owners then return owners:check(lock, check, ...) end
+  return pass(nil, check(lock, ...))
 end
 
 function core.scheduled.lock.release(lock)
   local conn = core.connection_of(lock)
+  local owners = shared_by[conn]
+  if owners then return owners:release(lock) end
   local prepare = before_release[conn]
   if prepare then prepare(conn) end
   return pass(nil, call(conn, core.start.release, lock))
@@ -164,6 +177,18 @@ for _, name in ipairs { "execute", "attempt", "begin", "commit", "listen", "hear
     if schedulers[conn] then return pass(nil, call(conn, begin, conn, ...)) end
     return pass(nil, blocking(conn, ...))
   end
+end
+
+--- Tries keys, each for itself, on a connection with a scheduler.
+function scheduled.try_each(conn, locks)
+  return pass(nil, call(conn, core.start.try_each, conn, locks))
+end
+
+-- ---- in the background ------------------------------------------------------------------
+
+--- Calls fn in a coroutine of its own; here, where nothing else could go on meanwhile.
+function scheduled.spawn(scheduler, fn)
+  if scheduler.spawn(fn) == false then fn() end
 end
 
 -- ---- watching ---------------------------------------------------------------------------

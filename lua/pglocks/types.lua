@@ -195,8 +195,8 @@
 ---@field park fun(seconds?: number): boolean?  true: woken; anything else: the time is over
 ---@field wake fun(token: any)  from anywhere, before or after the `park`; never runs the coroutine
 --- itself before it returns, and does nothing when it comes too late or twice
----@field spawn? fun(fn: function)  runs `fn` in a new coroutine; without it on_lost is told in the
---- next call only
+---@field spawn? fun(fn: function): boolean?  runs `fn` in a new coroutine; false: there is nobody to run
+--- it. Without `spawn` on_lost is told in the next call only, and there are no lockers
 
 -- ---- connections ------------------------------------------------------------------------
 

@@ -29,10 +29,11 @@ function scheduler.wait(fd, events, seconds)
   cancel(fd)
 end
 
--- Outside a controller there is nobody to run it.
+-- False: outside a controller there is nobody to run it.
 function scheduler.spawn(fn)
   local controller = cqueues.running()
   if controller then controller:wrap(fn) end
+  return controller ~= nil
 end
 
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine

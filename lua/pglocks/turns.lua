@@ -1,0 +1,663 @@
+-- turns.lua: whose turn it is, of many owners on few links.
+--
+-- For each key that somebody here holds or wants there is an entry, with a queue of those who wait. The
+-- server sees one who holds or wants the key, for all of them: a link. A release hands the key to the next
+-- in the queue, but only so many times, or so long, that others need not wait for ever; then the key goes
+-- back to the server, and the next here has to ask for it behind them.
+--
+-- A free key is taken with a try, on a link that may hold many. What another session holds is waited for
+-- on a link that holds nothing: a link that holds locks never waits, and one is always left for tries.
+
+local core = require "pglocks.core"
+local link = require "pglocks.link"
+local run = require "pglocks.scope"
+local scheduled = require "pglocks.scheduled"
+
+core.own_source(debug.getinfo(1, "S").source)
+
+-- Seconds.
+local REPLY_TIMEOUT = 10 -- of one who does not wait
+local LOOKS = 1 -- between two looks of one who waits
+local LEFT_ALONE = 4 -- without a look: his coroutine has ended, or this process was busy
+local GRACE = 0.1 -- at the end of a timeout, for what the server says itself
+local FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25 -- between two tries, without a link that could wait
+local NO_OTHER = 1 -- after a link could not be opened, until another one is tried
+local ATTEMPT = 0.001 -- of an upgrade, on a link that others need
+
+---@class pglocks.turns
+local Turns = {}
+Turns.__index = Turns
+
+--- settings: max_connections, locks_per_connection, handovers, handover_time
+---@param keywords table<string, string>
+---@param options table
+---@param settings table
+---@param on_lost fun(err: pglocks.error, locks: table[])|nil
+local function new(keywords, options, settings, on_lost)
+  return setmetatable({
+    keywords = keywords, options = options, settings = settings, scheduler = options.scheduler, tell_loss = on_lost,
+    entries = {}, -- by the string of their key
+    links = {}, -- that are open, or are being opened
+    starved = {}, -- entries that no link is free to wait for
+    no_other_until = 0,
+    -- Coroutines are referred to weakly: what they hold is released when they are collected.
+    owner_of = setmetatable({}, { __mode = "kv" }), -- by lock
+    wanted_by = setmetatable({}, { __mode = "kv" }), -- ticket by coroutine
+  }, Turns)
+end
+
+-- What a coroutine waits by: { turns =, entry =, lock = a closed one, shared =, once = it only tries, began =,
+-- deadline =, owner = its coroutine, living = of whom it is told when they end, or nil,
+-- outcome = nil; true: granted; "busy", "timeout" or an error object }
+local Ticket = {}
+
+-- What is known of a key: { id =, queue = tickets, state =, link =, shared =, holders =, since =, handed = }
+-- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
+-- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
+-- since then, and handed on so many times. `closing`: nobody joins the holders any more.
+local function entry_of(turns, id)
+  local entry = turns.entries[id]
+  if not entry then
+    entry = { id = id, queue = {}, holders = 0 }
+    turns.entries[id] = entry
+  end
+  return entry
+end
+
+local function remove(list, item)
+  for place = 1, #list do
+    if list[place] == item then
+      table.remove(list, place)
+      return true
+    end
+  end
+  return false
+end
+
+-- ---- queues -----------------------------------------------------------------------------
+
+local function tell(ticket, outcome)
+  ticket.outcome = outcome
+  if ticket.token then ticket.turns.scheduler.wake(ticket.token) end
+end
+
+-- The first who may still be there. One who was left out wrongly finds that when he looks, and comes back.
+local function first_of(entry)
+  local queue = entry.queue
+  local first = queue[1]
+  while first and first.looked_at and first.looked_at + LEFT_ALONE < core.now() do
+    first.left_out = true
+    table.remove(queue, 1)
+    first = queue[1]
+  end
+  return first
+end
+
+local function come_back(ticket)
+  ticket.entry = entry_of(ticket.turns, ticket.entry.id)
+  local queue, place = ticket.entry.queue, 1
+  while queue[place] and queue[place].began < ticket.began do place = place + 1 end
+  table.insert(queue, place, ticket)
+  ticket.left_out = false
+end
+
+local function end_first(entry, outcome) tell(table.remove(entry.queue, 1), outcome) end
+
+local function end_where(entry, applies, outcome)
+  for place = #entry.queue, 1, -1 do
+    local ticket = entry.queue[place]
+    if applies(ticket) then
+      table.remove(entry.queue, place)
+      tell(ticket, outcome)
+    end
+  end
+end
+
+-- Of all who only try.
+local function end_tries(entry)
+  end_where(entry, function(ticket) return ticket.once end, "busy")
+end
+
+local function end_late(entry)
+  local now = core.now()
+  end_where(entry, function(ticket) return ticket.deadline <= now end, "timeout")
+end
+
+-- An error object of his own.
+local function refuse_first(entry, err)
+  local own = err
+  if type(err) == "table" then
+    own = setmetatable({}, getmetatable(err))
+    for name, value in pairs(err) do own[name] = value end
+    own.key = entry.queue[1].lock.key
+  end
+  end_first(entry, own)
+end
+
+local function refuse_all(entry, err)
+  while entry.queue[1] do refuse_first(entry, err) end
+end
+
+-- ---- holding ----------------------------------------------------------------------------
+
+-- One more lock on what the link holds. False: it does not hold that any more.
+local function grant(turns, entry, ticket)
+  if not core.join(entry.link.conn, ticket.lock, core.now() - ticket.began) then return false end
+  entry.holders = entry.holders + 1
+  turns.owner_of[ticket.lock] = ticket.owner
+  if ticket.living then ticket.living[ticket.lock] = true end
+  return true
+end
+
+-- May the key stay in this process, or has somebody else waited long enough?
+local function may_stay(turns, entry)
+  local settings = turns.settings
+  return entry.handed < settings.handovers and core.now() - entry.since < settings.handover_time
+end
+
+-- It is held no longer, as far as we are concerned.
+local function part(entry)
+  entry.link.held = entry.link.held - 1
+  entry.state, entry.link, entry.holders = nil, nil, 0
+end
+
+-- To the first in the queue; and to those behind him, who can hold it at the same time.
+local function hand_on(turns, entry)
+  local ticket = first_of(entry)
+  while ticket and ticket.shared == entry.shared and (entry.shared or entry.holders == 0) and
+    not entry.closing do
+    if not grant(turns, entry, ticket) then return part(entry) end
+    table.remove(entry.queue, 1)
+    tell(ticket, true)
+    ticket = first_of(entry)
+  end
+end
+
+-- A link may hold the key, for those at the head of the queue. False: it does not, or nobody is there.
+local function take(turns, entry, on, shared)
+  entry.state, entry.link, entry.shared = "held", on, shared
+  entry.since, entry.handed, entry.holders, entry.closing = core.now(), 0, 0, false
+  on.held = on.held + 1
+  hand_on(turns, entry)
+  if entry.state and entry.holders == 0 then part(entry) end
+  return entry.state ~= nil
+end
+
+-- ---- links ------------------------------------------------------------------------------
+
+function Turns:open_link()
+  local one = link.new(self, self.keywords, self.options)
+  self.links[#self.links + 1] = one
+  return one
+end
+
+function Turns:may_open()
+  if #self.links == 0 then return true end
+  return #self.links < self.settings.max_connections and core.now() > self.no_other_until
+end
+
+-- What find() returns, or a new link when that is false and there may be one. The loss of a link that
+-- nobody drives shows here: then it is in the list no longer.
+function Turns:choose(find)
+  local found
+  repeat found = find(self.links) until not found or found.driven or found:is_alive()
+  return found or self:may_open() and self:open_link() or nil
+end
+
+-- For a try: the one that is about to let go of that key, or the first that has room, so that the others
+-- stay free to wait.
+function Turns:choose_for(lock)
+  return self:choose(function(links)
+    local best, roomy
+    for _, one in ipairs(links) do
+      if not one.waiting then
+        if lock and one:lets_go(lock) then return one end
+        if not roomy and one:load() < self.settings.locks_per_connection then roomy = one end
+        if not best or one:load() < best:load() then best = one end
+      end
+    end
+    return roomy or not self:may_open() and best
+  end)
+end
+
+-- One that may wait: it holds nothing, and another one is left for tries. Nil: there is none.
+function Turns:choose_idle()
+  local others
+  local found = self:choose(function(links)
+    local idle
+    others = 0
+    for _, one in ipairs(links) do
+      if not one.waiting then
+        others = others + 1
+        if one:is_idle() then idle = one end -- the last: tries go to the first
+      end
+    end
+    return others > 1 and idle
+  end)
+  return others > 0 and found or nil
+end
+
+-- One for tries, other than `on`. Nil: there is none.
+function Turns:choose_other(on)
+  return self:choose(function(links)
+    for _, one in ipairs(links) do
+      if one ~= on and not one.waiting then return one end
+    end
+  end)
+end
+
+function Turns:on_open() self:feed() end
+
+function Turns:on_over(on, err)
+  local lost = {}
+  remove(self.links, on)
+  if err and not on.conn then self.no_other_until = core.now() + NO_OTHER end
+  for _, entry in pairs(self.entries) do
+    if entry.state == "held" and entry.link == on then
+      part(entry)
+      lost[#lost + 1] = entry
+    end
+  end
+  for _, entry in ipairs(lost) do self:advance(entry) end
+  self:feed()
+end
+
+function Turns:on_lost(err, locks)
+  if self.tell_loss and (#locks > 0 or err.key) then self.tell_loss(err, locks) end
+end
+
+-- ---- asking the server ------------------------------------------------------------------
+
+-- The link that was asked is over. sent: it had sent that; nobody knows more than the error.
+local function failed(turns, entry, ticket, on, err, sent)
+  if sent then
+    if entry.queue[1] == ticket then refuse_first(entry, err) end
+  elseif not on.conn and #turns.links == 0 then
+    refuse_all(entry, err) -- there is no server for any of them
+  end
+  turns:advance(entry)
+end
+
+-- Tries the key, for the first in the queue, and for all who can hold it with him.
+local function tried(request, on, got, err, sent)
+  local turns, entry = request.turns, request.entry
+  local ticket = first_of(entry)
+  entry.state = nil
+  if ticket and ticket.shared == request.shared then
+    if got and take(turns, entry, on, request.shared) then return end
+    if not err then -- it is somebody else's
+      end_tries(entry)
+      if first_of(entry) then return turns:wait_at_server(entry) end
+    end
+  end
+  if err then return failed(turns, entry, request.ticket, on, err, sent) end
+  turns:advance(entry)
+end
+
+-- What is to be done about a key that no link holds, or is asked for.
+function Turns:advance(entry)
+  if entry.state then return end
+  local ticket = first_of(entry)
+  if not ticket then
+    if self.entries[entry.id] == entry then self.entries[entry.id] = nil end
+    return
+  end
+  entry.state = "asked"
+  self:choose_for(ticket.lock):ask {
+    turns = self, entry = entry, ticket = ticket, lock = ticket.lock, shared = ticket.shared, done = tried,
+  }
+end
+
+-- Others may wait for a key that is shared here: then who comes later has to stand behind them. They do if
+-- another session cannot share it now.
+local function probed(request, on, got)
+  local turns, entry = request.turns, request.entry
+  if entry.probe ~= request then return end
+  entry.probe = nil
+  if entry.state ~= "held" then return end
+  if got and core.holds(on.conn, request.lock.key) then
+    entry.since, entry.handed = core.now(), 0
+    hand_on(turns, entry)
+  else
+    entry.closing = true
+    end_tries(entry)
+  end
+end
+
+local function probe(turns, entry, lock)
+  if entry.probe then return end
+  local on = turns:choose_other(entry.link)
+  if not on then
+    entry.closing = true
+    return
+  end
+  entry.probe = { turns = turns, entry = entry, lock = lock, shared = true, done = probed }
+  on:ask(entry.probe)
+end
+
+-- ---- waiting at the server --------------------------------------------------------------
+
+-- For so long as anybody in the queue waits; which is looked at anew when that time is over.
+local function wait_for(conn, entry, ticket)
+  local latest = 0
+  for _, one in ipairs(entry.queue) do latest = math.max(latest, one.deadline) end
+  return core.scheduled.connection.try_lock(conn, ticket.lock.key, {
+    shared = ticket.shared, timeout = math.max(0.001, latest - core.now()),
+  })
+end
+
+local function wait_on(turns, entry, on, conn, err)
+  local ticket, ok, got = first_of(entry), true, nil
+  if conn and ticket then
+    ok, got = pcall(wait_for, conn, entry, ticket)
+    if not ok then err = got end
+  end
+  local cancelled = on.cancelled
+  on.waiting, on.cancelled, entry.state, entry.waits_on = false, false, nil, nil
+  if ok and got then
+    local first = first_of(entry)
+    local taken = first and first.shared == ticket.shared and take(turns, entry, on, ticket.shared)
+    core.let_go(got)
+    if not taken then turns:advance(entry) end
+  elseif err and not cancelled then
+    failed(turns, entry, ticket, on, err, conn ~= nil)
+  else
+    end_late(entry)
+    turns:advance(entry)
+  end
+  turns:feed()
+end
+
+local function wait_by(turns, entry, on)
+  entry.state, entry.waits_on, on.waiting = "waiting", on, true
+  on:add_job(function(conn, err) wait_on(turns, entry, on, conn, err) end)
+end
+
+function Turns:wait_at_server(entry)
+  local on = not self.starved[1] and self:choose_idle()
+  if on then return wait_by(self, entry, on) end
+  entry.state = "starved"
+  self.starved[#self.starved + 1] = entry
+  self:poll()
+end
+
+-- A link may have come free to wait.
+function Turns:feed()
+  while self.starved[1] do
+    local entry = self.starved[1]
+    local on = entry.state == "starved" and self:choose_idle()
+    if entry.state == "starved" and not on then return end
+    remove(self.starved, entry)
+    if on then wait_by(self, entry, on) end
+  end
+end
+
+-- Tries what nobody can wait for.
+function Turns:poll()
+  if self.polls then return end
+  self.polls = true
+  scheduled.spawn(self.scheduler, function()
+    local pause = FIRST_PAUSE
+    while self.starved[1] do
+      self.scheduler.sleep(pause * (0.5 + core.now() * 1e5 % 1))
+      pause = math.min(pause * 2, LONGEST_PAUSE)
+      local starved = self.starved
+      self.starved = {}
+      for _, entry in ipairs(starved) do
+        if entry.state == "starved" then
+          entry.state = nil
+          end_late(entry)
+          self:advance(entry)
+        end
+      end
+    end
+    self.polls = false
+  end)
+end
+
+-- ---- the end of locks -------------------------------------------------------------------
+
+--- The scope of a lock ends, which has joined what the link holds. Never waits.
+function Turns:on_end(on, lock)
+  local entry = self.entries[core.identity(lock)]
+  if not entry or entry.state ~= "held" or entry.link ~= on then return end
+  self.owner_of[lock] = nil
+  entry.holders = entry.holders - 1
+  if entry.holders == 0 then
+    local ticket = first_of(entry)
+    if ticket and ticket.shared == entry.shared and not entry.closing and may_stay(self, entry) then
+      entry.handed = entry.handed + 1
+      hand_on(self, entry)
+    end
+  end
+  core.let_go(lock)
+  if entry.holders > 0 then return end
+  if entry.link then part(entry) end
+  on:flush()
+  self:advance(entry)
+  self:feed()
+end
+
+-- In the place of a connection's release.
+function Turns:release(lock)
+  local id = core.standing(lock)
+  if not id then return nil, "not held" end
+  local entry, conn = self.entries[id], core.connection_of(lock)
+  local on = entry and entry.link
+  getmetatable(lock).__close(lock)
+  if self.options.release == "confirmed" and on and on.conn == conn and not on.over then
+    on.refused = nil
+    on:call(core.scheduled.connection.ping)
+    if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
+  end
+  return true
+end
+
+-- ---- deadlocks --------------------------------------------------------------------------
+
+-- Does anybody wait for `me` whom the ticket waits for: who holds its key, or stands before it?
+local function leads_to(turns, me, ticket, holders, seen)
+  local function through(owner)
+    if owner == me then return true end
+    local wanted = turns.wanted_by[owner]
+    return wanted and not wanted.outcome and leads_to(turns, me, wanted, holders, seen)
+  end
+  if seen[ticket] then return false end
+  seen[ticket] = true
+  for _, owner in ipairs(holders[ticket.entry.id] or {}) do
+    if through(owner) then return true end
+  end
+  for _, before in ipairs(ticket.entry.queue) do
+    if before == ticket then break end
+    if through(before.owner) then return true end
+  end
+  return false
+end
+
+local function is_deadlock(turns, ticket)
+  local holders, holds_any = {}, false
+  for lock, owner in pairs(turns.owner_of) do
+    local id = core.identity(lock)
+    if id then
+      holds_any = holds_any or owner == ticket.owner
+      holders[id] = holders[id] or {}
+      table.insert(holders[id], owner)
+    end
+  end
+  return holds_any and leads_to(turns, ticket.owner, ticket, holders, {})
+end
+
+-- ---- acquiring --------------------------------------------------------------------------
+
+-- The call is over, or the coroutine has ended while it waited.
+function Ticket:__close()
+  local turns, entry = self.turns, self.entry
+  if turns.wanted_by[self.owner] == self then turns.wanted_by[self.owner] = nil end
+  if self.living then self.living[self] = nil end
+  if self.outcome == true then
+    if not self.accepted then getmetatable(self.lock).__close(self.lock) end
+  elseif not self.outcome and remove(entry.queue, self) then
+    self.outcome = "timeout"
+    if entry.state == "waiting" and not first_of(entry) then
+      entry.waits_on.cancelled = true
+      entry.waits_on:cancel()
+    elseif entry.state == "held" then
+      hand_on(turns, entry)
+    else
+      turns:advance(entry)
+    end
+  end
+end
+
+local function wait(ticket)
+  local turns, scheduler = ticket.turns, ticket.turns.scheduler
+  while not ticket.outcome do
+    if ticket.left_out then come_back(ticket) end
+    local now, entry = core.now(), ticket.entry
+    local left = ticket.deadline - now
+    if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
+    if left <= 0 then break end
+    turns:advance(entry)
+    if not ticket.outcome then
+      ticket.looked_at, ticket.token = now, scheduler.token()
+      scheduler.park(math.min(left, LOOKS))
+    end
+    if not ticket.outcome and entry.state == "held" then entry.link:is_alive() end
+  end
+end
+
+local function leave(ticket)
+  ticket.accepted = true
+  Ticket.__close(ticket)
+  return ticket.outcome
+end
+
+-- Has nobody in the queue to stand behind who would have to let go first.
+local function all_share(entry)
+  for _, ticket in ipairs(entry.queue) do
+    if not ticket.shared then return false end
+  end
+  return true
+end
+
+--- Waits for its turn.
+---@param lock pglocks.lock a closed one
+---@param id string  of its key
+---@param shared boolean
+---@param timeout number  seconds; 0: it only tries
+---@return true|"busy"|"timeout"|"deadlock"|pglocks.error outcome  true: the lock is held
+function Turns:acquire(lock, id, shared, timeout)
+  local now, owner = core.now(), coroutine.running() or self
+  local scheduler, entry = self.scheduler, entry_of(self, id)
+  if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
+  local ticket = setmetatable({
+    turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
+    deadline = now + (timeout > 0 and timeout or REPLY_TIMEOUT), owner = owner,
+    living = scheduler.living and scheduler.living(),
+  }, Ticket)
+  if entry.state == "held" and shared and entry.shared and not entry.queue[1] and not entry.closing then
+    if may_stay(self, entry) and grant(self, entry, ticket) then
+      entry.handed = entry.handed + 1
+      return true
+    end
+    probe(self, entry, lock)
+    if ticket.once and entry.closing then return "busy" end
+  elseif ticket.once and entry.state and not (entry.state == "asked" and shared and all_share(entry)) then
+    return "busy"
+  elseif entry.state and is_deadlock(self, ticket) then
+    return "deadlock"
+  end
+  entry.queue[#entry.queue + 1] = ticket
+  self.wanted_by[owner] = ticket
+  if ticket.living then ticket.living[ticket] = true end
+  self:advance(entry)
+  if ticket.outcome then return leave(ticket) end
+  return run(ticket, leave, wait, ticket)
+end
+
+-- ---- held locks -------------------------------------------------------------------------
+
+-- What the link's coroutine does about a held lock.
+local function call(turns, lock, fn, ...)
+  local id = core.standing(lock)
+  if not id then core.raise("not_held", "this lock is not held") end
+  return turns.entries[id].link:call(fn, ...)
+end
+
+-- In the place of a connection's check, which is check(lock, ...).
+function Turns:check(lock, check, ...)
+  local entry = self.entries[core.identity(lock) or ""]
+  local ok, err = pcall(call, self, lock, function(_, ...) return check(lock, ...) end, ...)
+  if entry and entry.state == "held" and not core.holds(entry.link.conn, lock.key) then
+    part(entry) -- something has let go of it behind our back
+    self:advance(entry)
+  end
+  if not ok then error(err, 0) end
+  return true
+end
+
+--- Draws a token for a lock that was just got.
+function Turns:draw(lock)
+  call(self, lock, function(conn)
+    local other = core.scheduled.connection.lock(conn, lock.key, { shared = lock.shared, token = true })
+    core.exchange(lock, other)
+    core.let_go(other)
+  end)
+end
+
+--- Changes the mode of a lock: by change(timeout), again and again, because nobody may wait on its link.
+function Turns:change(lock, timeout, change)
+  local entry = self.entries[core.identity(lock)]
+  if not entry then core.raise("not_held", "this lock is not held") end
+  local closing, deadline, pause, changed = entry.closing, core.now() + timeout, FIRST_PAUSE, nil
+  entry.closing = true -- nobody joins it meanwhile
+  while true do
+    if entry.holders == 1 then
+      changed = call(self, lock, function() return change(ATTEMPT) end)
+    end
+    local left = deadline - core.now()
+    if changed or left <= 0 then break end
+    self.scheduler.sleep(math.min(pause, left))
+    pause = math.min(pause * 2, LONGEST_PAUSE)
+  end
+  if entry.state == "held" then
+    entry.shared, entry.closing = lock.shared, closing
+    hand_on(self, entry)
+  end
+  return changed
+end
+
+-- ---- all of them ------------------------------------------------------------------------
+
+--- A link to ask something by.
+function Turns:any_link() return self:choose_for(nil) end
+
+--- What they hold: as conn:locks(), of all links.
+function Turns:locks()
+  local locks = {}
+  for _, one in ipairs(self.links) do
+    for _, lock in ipairs(one.conn and one.conn:locks() or {}) do locks[#locks + 1] = lock end
+  end
+  return locks
+end
+
+--- Nobody waits any more, and no link is open. waits: until the server has heard of it.
+function Turns:close(waits)
+  local links, err = self.links, select(2, pcall(core.raise, "closed", "this locker was closed"))
+  self.links = {}
+  for _, entry in pairs(self.entries) do refuse_all(entry, err) end
+  for _, one in ipairs(links) do
+    if one.waiting then
+      one.cancelled = true
+      one:cancel()
+    end
+    if not waits then
+      one:close()
+    elseif not one.over then
+      pcall(one.call, one, core.scheduled.connection.close)
+      one:finish()
+    end
+  end
+end
+
+return { new = new }
