@@ -112,7 +112,9 @@ function own.token()
 end
 
 function own.park(seconds)
-  local token = tokens[coroutine.running()]
+  local co = coroutine.running()
+  local token = tokens[co]
+  tokens[co] = nil
   return token.woken or suspend { due = due(seconds), token = token }
 end
 
@@ -166,6 +168,9 @@ loops.own = {
     rethrow()
   end,
 }
+
+-- The scheduler without what it need not have; lockers do need it.
+loops.own.spawning = setmetatable({ spawn = loops.own.spawn }, { __index = own })
 
 -- A coroutine that was closed from outside is waited for no longer.
 function loops.own.forget(co) waiting[co] = nil end

@@ -59,7 +59,18 @@ end
 
 -- ---- locks ------------------------------------------------------------------------------
 
-local function itself(lock) return lock end
+-- A lock whose token is still to be drawn.
+local Draft = {}
+
+function Draft:__close()
+  if self.lock then getmetatable(self.lock).__close(self.lock) end
+end
+
+local function keep(draft)
+  local lock = draft.lock
+  draft.lock = nil
+  return lock
+end
 
 -- The lock; or nil, why there is none, and the closed lock.
 local function get(self, method, key, options, default)
@@ -72,7 +83,7 @@ local function get(self, method, key, options, default)
   local outcome = self.turns:acquire(lock, id, shared, timeout or default)
   if outcome == true then
     if not token then return lock end
-    return run(lock, itself, self.turns.draw, self.turns, lock)
+    return run(setmetatable({ lock = lock }, Draft), keep, self.turns.draw, self.turns, lock)
   elseif type(outcome) == "string" then
     return nil, outcome, lock
   end

@@ -133,7 +133,9 @@ function scheduler.token()
 end
 
 function scheduler.park(seconds)
-  local token = tokens[coroutine.running() or "main"]
+  local co = coroutine.running() or "main"
+  local token = tokens[co]
+  tokens[co] = nil -- it leads to the coroutine, which LuaJIT would never collect
   if token.woken then return true end
   local self = new_wait()
   token.parked = self

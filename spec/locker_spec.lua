@@ -1,0 +1,706 @@
+-- Lockers: many owners on few connections, under every event loop of spec/loops.lua.
+
+local support = require "spec.support"
+local loops = require "spec.loops"
+local pglocks = require "pglocks"
+local process = require "process"
+
+local observe, pg_locks, wait_in = support.observe, support.pg_locks, support.wait_in
+
+local CONNINFO = os.getenv "PGLOCKS_TEST_CONNINFO"
+
+local function close(what) getmetatable(what).__close(what) end
+
+local function sessions()
+  return observe("SELECT pid FROM pg_stat_activity WHERE application_name = 'locker' ORDER BY backend_start")
+end
+
+local function under(name, loop)
+  local lockers = {}
+
+  local function locker(options)
+    local described = { conninfo = CONNINFO, application_name = "locker", scheduler = loop.spawning or loop.scheduler }
+    for option, value in pairs(options or {}) do described[option] = value end
+    lockers[#lockers + 1] = pglocks.locker(described)
+    return lockers[#lockers]
+  end
+
+  local function test(title, body)
+    it(title, function()
+      loop.run(function()
+        body()
+        for _, one in ipairs(lockers) do one:close() end
+      end)
+    end)
+  end
+
+  local function wait_for(what, condition) return wait_in(loop, what, condition) end
+
+  -- One connection of a locker, in the server's queue.
+  local function wait_until_queued()
+    wait_for("a backend to wait", function()
+      return #observe [[SELECT l.pid FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+        WHERE locktype = 'advisory' AND NOT granted AND application_name = 'locker']] == 1
+    end)
+  end
+
+  -- Begins a coroutine, which has done what it can do without waiting when this returns.
+  local function begin(fn)
+    local has_begun
+    loop.spawn(function()
+      has_begun = true
+      fn()
+    end)
+    while not has_begun do loop.sleep(0.001) end
+  end
+
+  -- Coroutines that take the lock one after the other: `order` is filled as they get it, and each goes on
+  -- when it is told to.
+  local function queue(one, key, options_of, order)
+    for i, options in ipairs(options_of) do
+      begin(function()
+        local lock, why = one[options.method or "lock"](one, key, options.lock)
+        order[#order + 1] = lock and i or why
+        if not lock then return end
+        wait_for("turn " .. i .. " to end", function() return options.done end)
+        lock:release()
+      end)
+    end
+  end
+
+  describe("a locker under " .. name, function()
+    after_each(function()
+      for _, one in ipairs(lockers) do close(one) end
+      lockers = {}
+      support.finish()
+    end)
+
+    -- ---- owners ---------------------------------------------------------------------------
+
+    test("gives locks to owners of their own, on one connection", function()
+      local one = locker()
+      local a, b = one:lock "a", one:lock "b"
+      assert.is_true(a:held() and b:held())
+      assert.equal(1, #sessions())
+      assert.equal(2, #pg_locks(sessions()[1].pid))
+      local lock, why
+      loop.spawn(function() lock, why = one:try_lock "a" end)
+      wait_for("an answer", function() return why end)
+      assert.is_nil(lock)
+      assert.equal("busy", why)
+      assert.is_true(a:check())
+      assert.is_true(a:release())
+      assert.same({ nil, "not held" }, { a:release() })
+      assert.is_false(a:held())
+      lock = one:lock "a"
+      assert.is_true(lock:held())
+      assert.equal("a", lock.name)
+      assert.is_true(lock.acquired)
+      lock:release()
+      b:release()
+    end)
+
+    test("excludes other sessions, and is excluded by them", function()
+      local one, other = locker(), support.connect()
+      local lock = one:lock "x"
+      assert.same({ nil, "busy" }, { other:try_lock "x" })
+      lock:release()
+      local theirs = other:lock "x"
+      assert.same({ nil, "busy" }, { one:try_lock "x" })
+      local err = support.assert_code("timeout", one.lock, one, "x", { timeout = 0 })
+      assert.is_truthy(err.message:find('"x"', 1, true))
+      assert.equal(pglocks.key "x", err.key)
+      theirs:release()
+      lock = one:try_lock "x"
+      assert.is_true(lock:check())
+      lock:release()
+    end)
+
+    test("shares a lock among owners: the server sees one", function()
+      local one = locker()
+      local locks = {}
+      for i = 1, 3 do loop.spawn(function() locks[i] = one:lock("x", { shared = true }) end) end
+      wait_for("the locks", function() return locks[1] and locks[2] and locks[3] end)
+      assert.equal(1, #pg_locks())
+      assert.same({ nil, "busy" }, { one:try_lock "x" })
+      locks[1]:release()
+      locks[3]:release()
+      assert.same({ nil, "busy" }, { one:try_lock "x" })
+      assert.equal(1, #one:locks())
+      assert.equal(1, one:locks()[1].count)
+      locks[2]:release()
+      local lock = one:try_lock "x"
+      assert.is_true(lock:held())
+      lock:release()
+    end)
+
+    test("two who try for a shared lock at once both get it", function()
+      local one, got = locker(), {}
+      for i = 1, 2 do loop.spawn(function() got[i] = one:try_lock("x", { shared = true }) or "busy" end) end
+      wait_for("both", function() return got[1] and got[2] end)
+      assert.is_true(got[1]:held() and got[2]:held())
+    end)
+
+    test("with_lock and its kin work, and pass errors on", function()
+      local one = locker()
+      assert.equal(42, one:with_lock("x", function(lock, n)
+        assert.is_true(lock:held())
+        return n + 1
+      end, 41))
+      assert.same({ true, "ran" }, { one:try_with_lock("x", function() return "ran" end) })
+      assert.same({ "mine" }, support.raised(one.with_lock, one, "x", function() error({ "mine" }, 0) end))
+      assert.equal(2, one:with_lock_all({ 1, 2 }, function(lock) return #lock.keys end))
+      wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+    end)
+
+    test("wrong arguments name the argument and the method", function()
+      local one = locker()
+      local err = support.raised(function() one:lock {} end)
+      assert.is_truthy(err:find("locker_spec.lua:%d+: bad argument #1 to 'lock'"), err)
+      err = support.raised(function() one:try_lock("x", { timeuot = 1 }) end)
+      assert.is_truthy(err:find("bad argument #2 to 'try_lock' (unknown option 'timeuot')", 1, true), err)
+      wait_for("no connection", function() return #sessions() == 0 end)
+    end)
+
+    -- ---- the queue ------------------------------------------------------------------------
+
+    test("hands a key on in the order of the queue, and the server sees one holder", function()
+      local one, order = locker { handovers = 100, handover_time = 100 }, {}
+      local lock = one:lock "x"
+      local turns = {}
+      for i = 1, 5 do turns[i] = {} end
+      queue(one, "x", turns, order)
+      assert.equal(1, #pg_locks())
+      lock:release()
+      for i = 1, 5 do
+        wait_for("turn " .. i, function() return #order == i end)
+        assert.equal(1, #pg_locks())
+        turns[i].done = true
+      end
+      assert.same({ 1, 2, 3, 4, 5 }, order)
+      assert.equal(1, #sessions())
+    end)
+
+    test("who comes to share stands behind who waits to be alone", function()
+      local one, order = locker(), {}
+      local lock = one:lock("x", { shared = true })
+      local turns = { {}, { lock = { shared = true } }, { lock = { shared = true } }, {} }
+      queue(one, "x", turns, order)
+      assert.same({ nil, "busy" }, { one:try_lock("x", { shared = true }) })
+      lock:release()
+      wait_for("the first", function() return #order == 1 end)
+      turns[1].done = true
+      wait_for("both who share", function() return #order == 3 end)
+      assert.not_equal(4, order[3])
+      turns[2].done, turns[3].done = true, true
+      wait_for("the last", function() return #order == 4 end)
+      turns[4].done = true
+      table.sort(order) -- the two who share woke in any order
+      assert.same({ 1, 2, 3, 4 }, order)
+    end)
+
+    test("times out in the queue, and the others move up", function()
+      local one, order = locker(), {}
+      local lock = one:lock "x"
+      queue(one, "x", { { lock = { timeout = 0.1 }, method = "try_lock" }, { done = true } }, order)
+      wait_for("the first to give up", function() return order[1] end)
+      assert.same({ "timeout" }, order)
+      lock:release()
+      wait_for("the second", function() return order[2] end)
+      assert.same({ "timeout", 2 }, order)
+    end)
+
+    test("lets another session have the key after so many turns", function()
+      local one, other = locker { handovers = 2, handover_time = 100 }, support.connect { scheduler = loop.scheduler }
+      local order, got = {}, nil
+      local lock = one:lock "x"
+      loop.spawn(function()
+        got = other:lock "x"
+        order[#order + 1] = "other"
+        got:release()
+      end)
+      wait_for("the other one to wait", function() return support.is_waiting(other.backend_pid) end)
+      local turns = {}
+      for i = 1, 5 do turns[i] = { done = true } end
+      queue(one, "x", turns, order)
+      lock:release()
+      wait_for("all", function() return #order == 6 end)
+      assert.same({ 1, 2, "other", 3, 4, 5 }, order)
+    end)
+
+    test("lets another session have the key after so long", function()
+      local one, other = locker { handovers = 1000, handover_time = 0 }, support.connect { scheduler = loop.scheduler }
+      local order = {}
+      local lock = one:lock "x"
+      loop.spawn(function()
+        local got = other:lock "x"
+        order[#order + 1] = "other"
+        got:release()
+      end)
+      wait_for("the other one to wait", function() return support.is_waiting(other.backend_pid) end)
+      queue(one, "x", { { done = true } }, order)
+      lock:release()
+      wait_for("both", function() return #order == 2 end)
+      assert.same({ "other", 1 }, order)
+    end)
+
+    test("lets another session be alone, however many come to share", function()
+      local one, other = locker { handovers = 0 }, support.connect { scheduler = loop.scheduler }
+      local lock, got = one:lock("x", { shared = true }), nil
+      loop.spawn(function() got = other:lock "x" end)
+      wait_for("the other one to wait", function() return support.is_waiting(other.backend_pid) end)
+      assert.same({ nil, "busy" }, { one:try_lock("x", { shared = true }) })
+      local later
+      begin(function() later = one:lock("x", { shared = true }) end)
+      lock:release()
+      wait_for("the other one", function() return got end)
+      assert.is_nil(later)
+      got:release()
+      wait_for("the later one", function() return later end)
+      later:release()
+    end)
+
+    test("shares on past the bound when nobody else waits", function()
+      local one = locker { handovers = 0 }
+      local first = one:lock("x", { shared = true })
+      local second = one:lock("x", { shared = true, timeout = 5 })
+      local third = one:try_lock("x", { shared = true })
+      assert.is_true(second:held() and third:held())
+      assert.is_true(first:held())
+    end)
+
+    -- ---- waiting at the server ------------------------------------------------------------
+
+    test("waits for another session on a connection of its own, and no other owner waits with it", function()
+      local one, other = locker(), support.connect()
+      local kept = one:lock "kept"
+      local theirs = other:lock "x"
+      local got
+      begin(function() got = one:lock "x" end)
+      wait_until_queued()
+      assert.equal(2, #sessions())
+      local lock = one:lock "y" -- on the first one
+      assert.equal(2, #pg_locks(sessions()[1].pid))
+      theirs:release()
+      wait_for("the lock", function() return got end)
+      assert.is_true(got.waited > 0)
+      assert.is_true(got:check())
+      got:release()
+      lock:release()
+      kept:release()
+    end)
+
+    test("is one waiter to the server, however many wait", function()
+      local one, other, order = locker(), support.connect(), {}
+      local theirs = other:lock "x"
+      queue(one, "x", { { done = true }, { done = true }, { done = true } }, order)
+      wait_until_queued()
+      theirs:release()
+      wait_for("all", function() return #order == 3 end)
+      assert.same({ 1, 2, 3 }, order)
+    end)
+
+    test("times out at the server, and leaves no waiter and no lock behind", function()
+      local one, other = locker(), support.connect()
+      local theirs = other:lock "x"
+      local seconds, err = support.timed(support.assert_code, "timeout", one.lock, one, "x", { timeout = 0.1 })
+      assert.is_true(seconds >= 0.1 and seconds < 5)
+      assert.equal(pglocks.key "x", err.key)
+      assert.same({ nil, "timeout" }, { one:try_lock("x", { timeout = 0.05 }) })
+      wait_for("nobody to wait", function() return #pg_locks() == 1 end)
+      theirs:release()
+      local lock = one:try_lock "x"
+      assert.is_true(lock:held())
+      lock:release()
+    end)
+
+    test("queues locally where every connection waits, and gets its turn", function()
+      local one, other = locker { max_connections = 2 }, support.connect()
+      local x, y = other:lock "x", other:lock "y"
+      local got = {}
+      for _, key in ipairs { "x", "y" } do
+        loop.spawn(function()
+          local lock = one:lock(key, { timeout = 20 })
+          got[#got + 1] = key
+          lock:release()
+        end)
+      end
+      wait_until_queued()
+      assert.same({ nil, "timeout" }, { one:try_lock("y", { timeout = 0.05 }) })
+      assert.equal(2, #sessions())
+      local free = one:lock "z" -- one connection is always left for tries
+      free:release()
+      y:release() -- nobody waits for it at the server
+      wait_for("y", function() return got[1] end)
+      assert.same({ "y" }, got)
+      x:release()
+      wait_for("x", function() return got[2] end)
+    end)
+
+    test("opens another connection for more locks than one shall hold", function()
+      local one, locks = locker { locks_per_connection = 10, max_connections = 3 }, {}
+      for i = 1, 25 do locks[i] = one:lock(i) end
+      assert.equal(3, #sessions())
+      for i = 26, 60 do locks[i] = one:lock(i) end
+      assert.equal(3, #sessions())
+      assert.equal(60, #pg_locks())
+      for _, lock in ipairs(locks) do lock:release() end
+      wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+    end)
+
+    -- ---- deadlocks ------------------------------------------------------------------------
+
+    test("a cycle of owners raises deadlock at once", function()
+      local one = locker()
+      local a = one:lock "a"
+      local err = support.assert_code("deadlock", one.lock, one, "a")
+      assert.equal(pglocks.key "a", err.key)
+      assert.is_truthy(err.message:find('"a"', 1, true))
+      local asks, others
+      begin(function()
+        local b = one:lock "b"
+        asks = true
+        others = one:lock "a"
+        others:release()
+        b:release()
+      end)
+      wait_for("b to be taken", function() return asks end)
+      support.assert_code("deadlock", one.lock, one, "b")
+      support.assert_code("deadlock", one.try_lock, one, "b", { timeout = 5 })
+      assert.same({ nil, "busy" }, { one:try_lock "b" })
+      a:release()
+      wait_for("the other one", function() return others end)
+    end)
+
+    -- ---- ends -----------------------------------------------------------------------------
+
+    test("a scope that ends neither waits nor yields, and hands on", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, got = locker { handover_time = 100 }, nil
+      local lock = one:lock "x"
+      begin(function() got = one:lock "x" end)
+      support.signal("STOP", sessions()[1].pid)
+      local co = coroutine.create(function() close(lock) end)
+      local ok, err = coroutine.resume(co)
+      local ended = coroutine.status(co)
+      wait_for("the next one", function() return got end) -- needs no server
+      support.signal("CONT", sessions()[1].pid)
+      assert.is_true(ok, err)
+      assert.equal("dead", ended)
+      assert.is_false(lock:held())
+      assert.is_true(got:check())
+      got:release()
+    end)
+
+    test("a lock that is collected is handed on", function()
+      local one, taken, got = locker(), nil, nil
+      begin(function()
+        one:lock "x"
+        taken = true
+      end)
+      wait_for("the lock", function() return taken end)
+      begin(function() got = one:lock "x" end)
+      wait_for("the next one", function()
+        collectgarbage()
+        return got
+      end)
+      got:release()
+    end)
+
+    test("a coroutine that is closed leaves the queue, and what it held is handed on", function()
+      if not coroutine.close or name == "cqueues" then return end -- closes none of its coroutines
+      local one, order = locker(), {}
+      local lock = one:lock "x"
+      local waiting = loop.spawn(function() one:lock "x" end)
+      local turns = { {}, { done = true } }
+      queue(one, "x", turns, order)
+      assert.is_true(coroutine.close(waiting()))
+      if loop.forget then loop.forget(waiting()) end
+      lock:release()
+      wait_for("the next one", function() return order[1] end)
+      turns[1].done = true
+      wait_for("the one after that", function() return order[2] end)
+      -- The last of a queue, with whom nobody waits for the server any more.
+      local other = support.connect()
+      local theirs = other:lock "y"
+      waiting = loop.spawn(function() one:lock "y" end)
+      wait_until_queued()
+      assert.is_true(coroutine.close(waiting()))
+      if loop.forget then loop.forget(waiting()) end
+      wait_for("the server's queue to be left", function() return #pg_locks() == 1 end)
+      theirs:release()
+    end)
+
+    test("a lock that was granted to a coroutine that ended meanwhile is handed on", function()
+      if not coroutine.close or name == "cqueues" then return end
+      local one, got = locker(), nil
+      local lock = one:lock "x"
+      local waiting = loop.spawn(function() one:lock "x" end)
+      lock:release() -- to that one, which has not heard of it yet
+      assert.is_true(coroutine.close(waiting()))
+      if loop.forget then loop.forget(waiting()) end
+      begin(function() got = one:lock("x", { timeout = 5 }) end)
+      wait_for("the next one", function() return got end)
+      got:release()
+    end)
+
+    -- ---- loss -----------------------------------------------------------------------------
+
+    test("a lost connection loses its own locks alone", function()
+      local told = {}
+      local one = locker {
+        locks_per_connection = 2,
+        on_lost = function(self, err, locks) told[#told + 1] = { self, err, locks } end,
+      }
+      local a, b, c = one:lock "a", one:lock "b", one:lock "c"
+      assert.equal(2, #sessions())
+      observe("SELECT pg_terminate_backend($1)", sessions()[1].pid)
+      wait_for("on_lost", function() return told[1] end)
+      assert.equal(one, told[1][1])
+      assert.equal("57P01", told[1][2].sqlstate)
+      assert.equal(2, #told[1][3])
+      assert.is_false(a:held())
+      assert.is_false(b:held())
+      assert.is_true(c:check())
+      support.assert_code("lost", a.release, a)
+      assert.same({ nil, "not held" }, { a:release() })
+      support.assert_code("lost", b.check, b)
+      close(b)
+      local again = one:lock "a"
+      assert.is_true(again:check())
+      again:release()
+      c:release()
+      assert.equal(1, #told)
+    end)
+
+    test("who waits for a lost holder gets the key on another connection", function()
+      local one, got = locker(), nil
+      local lock = one:lock "x"
+      begin(function() got = one:lock("x", { timeout = 10 }) end)
+      observe("SELECT pg_terminate_backend($1)", sessions()[1].pid)
+      wait_for("the next one", function() return got end)
+      assert.is_false(lock:held())
+      assert.is_true(got:check())
+      got:release()
+    end)
+
+    test("a waiter hears of the loss of the connection that waits for it", function()
+      local one, other, err = locker(), support.connect(), nil
+      local theirs = other:lock "x"
+      loop.spawn(function() err = support.raised(one.lock, one, "x") end)
+      wait_until_queued()
+      observe [[SELECT pg_terminate_backend(pid) FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+        WHERE locktype = 'advisory' AND NOT granted AND application_name = 'locker']]
+      wait_for("the error", function() return err end)
+      assert.equal("lost", err.code)
+      assert.equal("57P01", err.sqlstate)
+      assert.equal(pglocks.key "x", err.key)
+      theirs:release()
+      one:lock("x"):release()
+    end)
+
+    test("opens another connection when an idle one was lost", function()
+      local one = locker()
+      one:lock("x"):release()
+      observe("SELECT pg_terminate_backend($1)", sessions()[1].pid)
+      wait_for("the backend to end", function() return #sessions() == 0 end)
+      local lock = one:lock "x"
+      assert.is_true(lock:check())
+      lock:release()
+    end)
+
+    test("all who wait hear why no connection can be opened", function()
+      local one, codes = locker { host = "/nonexistent", timeout = 0.2 }, {}
+      for _ = 1, 3 do
+        loop.spawn(function() table.insert(codes, support.raised(one.lock, one, "x").code) end)
+      end
+      wait_for("all", function() return #codes == 3 end)
+      assert.same({ "connect", "connect", "connect" }, codes)
+    end)
+
+    -- ---- modes, tokens --------------------------------------------------------------------
+
+    test("upgrades and downgrades", function()
+      local one, got = locker(), nil
+      local lock = one:lock("x", { shared = true })
+      local other = one:lock("x", { shared = true })
+      assert.same({ nil, "busy" }, { lock:upgrade() })
+      other:release()
+      assert.is_true(lock:upgrade())
+      assert.is_false(lock.shared)
+      assert.equal("ExclusiveLock", pg_locks()[1].mode)
+      assert.equal(1, #pg_locks())
+      begin(function() got = one:lock("x", { shared = true }) end)
+      assert.is_nil(got)
+      assert.is_true(lock:downgrade())
+      wait_for("who shares", function() return got end)
+      assert.is_true(lock:held())
+      assert.equal("ShareLock", pg_locks()[1].mode)
+      lock:release()
+      assert.is_true(got:check())
+      got:release()
+    end)
+
+    test("draws tokens", function()
+      support.with_fsync()
+      local one = locker()
+      local first = one:lock("x", { token = true })
+      local token = first.token
+      first:release()
+      local second = one:lock("x", { token = true })
+      assert.is_true(second.token > token)
+      assert.equal(1, #pg_locks())
+      second:release()
+      wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+      support.without_fsync()
+    end)
+
+    -- ---- what takes a connection of its own ----------------------------------------------
+
+    test("semaphores, strategies and locks of a transaction have connections of their own", function()
+      local one = locker()
+      local a, b = one:lock("x", { slots = 2 }), one:lock("x", { slots = 2 })
+      assert.equal(3, a.slot + b.slot)
+      local polled = one:lock("y", { strategy = "poll" })
+      local transaction = one:lock("z", { scope = "transaction" })
+      assert.same({ nil, "busy" }, { one:try_lock "y" })
+      assert.same({ nil, "busy" }, { one:try_lock "z" })
+      for _, lock in ipairs { a, b, polled, transaction } do assert.is_true(lock:release()) end
+      local all = one:lock_all { "y", "z" }
+      assert.same({ nil, "busy" }, { one:try_lock "y" })
+      all:release()
+    end)
+
+    -- ---- release, close -------------------------------------------------------------------
+
+    test("release = \"confirmed\" waits until the lock is free", function()
+      local one = locker { release = "confirmed" }
+      for _ = 1, 20 do
+        local lock = one:lock "x"
+        assert.is_true(lock:release())
+        assert.same({}, pg_locks())
+      end
+    end)
+
+    test("closing frees the locks, and ends the waits", function()
+      local one, other, codes = locker(), support.connect(), {}
+      local theirs = other:lock "y"
+      local lock = one:lock "x"
+      for _, key in ipairs { "x", "y" } do
+        loop.spawn(function() table.insert(codes, support.raised(one.lock, one, key).code) end)
+      end
+      wait_until_queued()
+      one:close()
+      assert.equal(1, #pg_locks())
+      wait_for("both", function() return #codes == 2 end)
+      assert.same({ "closed", "closed" }, codes)
+      assert.is_false(lock:held())
+      assert.same({ nil, "not held" }, { lock:release() })
+      assert.is_false(one:alive())
+      support.assert_code("closed", one.lock, one, "x")
+      one:close()
+      theirs:release()
+    end)
+
+    test("lists what it holds, and what all hold", function()
+      local one = locker()
+      local a, b = one:lock "a", one:lock({ 1, 2 }, { shared = true })
+      assert.equal(2, #one:locks())
+      local names = {}
+      for _, lock in ipairs(one:all_locks()) do names[tostring(lock.key)] = lock.mode end
+      assert.equal("shared", names["(1, 2)"])
+      a:release()
+      b:release()
+    end)
+
+    -- ---- many -----------------------------------------------------------------------------
+
+    test("1,000 locks at once on 10 connections", function()
+      local one, locks = locker(), {}
+      for i = 1, 1000 do loop.spawn(function() table.insert(locks, (one:lock(i))) end) end
+      wait_for("all", function() return #locks == 1000 end)
+      assert.equal(1000, #pg_locks())
+      assert.is_true(#sessions() <= 10)
+      for _, lock in ipairs(locks) do lock:release() end
+      wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+    end)
+
+    test("owners of few keys exclude each other", function()
+      local one, holders, finished = locker(), {}, 0
+      for i = 1, 20 do
+        loop.spawn(function()
+          for round = 1, 10 do
+            local key, shared = (i + round) % 3, (i * round) % 4 == 0
+            local lock = one:lock(key, { shared = shared })
+            local state = holders[key] or { shared = 0, exclusive = 0 }
+            holders[key] = state
+            local mode = shared and "shared" or "exclusive"
+            state[mode] = state[mode] + 1
+            assert(state.exclusive == 0 or (state.exclusive == 1 and state.shared == 0))
+            if round % 3 == 0 then loop.sleep(0.0001) end
+            assert(state.exclusive == 0 or (state.exclusive == 1 and state.shared == 0))
+            state[mode] = state[mode] - 1
+            assert(lock:release())
+          end
+          finished = finished + 1
+        end)
+      end
+      wait_for("all", function() return finished == 20 end)
+    end)
+  end)
+end
+
+under("cqueues", loops.cqueues)
+under("luv", loops.luv)
+under("a scheduler of the user's own", loops.own)
+
+describe("pglocks.locker", function()
+  after_each(support.finish)
+
+  it("refuses what no locker can do, and names it", function()
+    local function refused(what, described)
+      local err = support.raised(function() pglocks.locker(described) end)
+      assert.is_truthy(err:find("bad argument #1 to 'locker'", 1, true), err)
+      assert.is_truthy(err:find(what, 1, true), err)
+    end
+    refused("scheduler", CONNINFO)
+    refused("scheduler", { scheduler = "blocking" })
+    refused("spawn", { scheduler = loops.own.scheduler })
+    refused("pooled", { scheduler = "luv", pooled = "transaction" })
+    refused("lease", { scheduler = "luv", lease = 10 })
+    local wrong_ones = { max_connections = 1, locks_per_connection = 0, handovers = -1, handover_time = 0 / 0 }
+    for option, wrong in pairs(wrong_ones) do
+      refused(option, { scheduler = "luv", [option] = wrong })
+    end
+  end)
+
+  it("works outside of a running loop", function()
+    for _, scheduler in ipairs { "cqueues", "luv" } do
+      local one, other = pglocks.locker { conninfo = CONNINFO, scheduler = scheduler }, support.connect()
+      local lock = one:lock "x"
+      assert.is_true(lock:check())
+      assert.same({ nil, "busy" }, { one:try_lock "x" })
+      assert.is_true(lock:release())
+      local theirs = other:lock "x"
+      assert.same({ nil, "timeout" }, { one:try_lock("x", { timeout = 0.05 }) })
+      theirs:release()
+      assert.is_true(one:lock("x"):release())
+      one:close()
+      assert.same({}, pg_locks())
+      other:close()
+    end
+  end)
+
+  it("belongs to the process that used it", function()
+    local one = pglocks.locker { conninfo = CONNINFO, scheduler = "luv" }
+    local lock = one:lock "x"
+    local pid = process.fork()
+    if pid == 0 then
+      local ok, err = pcall(one.lock, one, "y")
+      process.exit(not ok and err.code == "forked" and not lock:held() and 0 or 1)
+    end
+    assert.equal(0, process.wait(pid))
+    assert.is_true(lock:check())
+    one:close()
+  end)
+end)
