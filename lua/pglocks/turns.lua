@@ -35,26 +35,33 @@ Turns.__index = Turns
 ---@param on_lost fun(err: pglocks.error, locks: table[])|nil
 local function new(keywords, options, settings, on_lost)
   return setmetatable({
-    keywords = keywords, options = options, settings = settings, scheduler = options.scheduler, tell_loss = on_lost,
+    keywords = keywords, options = options, settings = settings, scheduler = options.scheduler,
+    tell_loss = on_lost,
     entries = {}, -- by the string of their key
     links = {}, -- that are open, or are being opened
     starved = {}, -- entries that no link is free to wait for
     no_other_until = 0,
-    -- Coroutines are referred to weakly: what they hold is released when they are collected.
-    owner_of = setmetatable({}, { __mode = "kv" }), -- by lock
-    wanted_by = setmetatable({}, { __mode = "kv" }), -- ticket by coroutine
+    -- Owners are coroutines, by number: what these leave behind is released when it is collected, and nobody
+    -- who looks for a deadlock may keep it alive.
+    numbers = setmetatable({}, { __mode = "k" }), -- by coroutine
+    owners = 0,
+    owner_of = setmetatable({}, { __mode = "k" }), -- by lock
+    locks_of = {}, -- how many, by owner
+    wanted_by = setmetatable({}, { __mode = "v" }), -- ticket by owner
   }, Turns)
 end
 
 -- What a coroutine waits by: { turns =, entry =, lock = a closed one, shared =, once = it only tries, began =,
--- deadline =, owner = its coroutine, living = of whom it is told when they end, or nil,
+-- deadline =, owner =, living = of whom it is told when they end, or nil,
 -- outcome = nil; true: granted; "busy", "timeout" or an error object }
 local Ticket = {}
 
--- What is known of a key: { id =, queue = tickets, state =, link =, shared =, holders =, since =, handed = }
+-- What is known of a key: { id =, queue = tickets, state =, link =, shared =, holders =, owners =, since =,
+-- handed = }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
--- since then, and handed on so many times. `closing`: nobody joins the holders any more.
+-- since then, and handed on so many times; owners: how many of them are each owner's. `closing`: nobody
+-- joins the holders any more.
 local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
@@ -140,10 +147,17 @@ end
 
 -- ---- holding ----------------------------------------------------------------------------
 
+local function add(counts, owner, n)
+  local count = (counts[owner] or 0) + n
+  counts[owner] = count ~= 0 and count or nil
+end
+
 -- One more lock on what the link holds. False: it does not hold that any more.
 local function grant(turns, entry, ticket)
   if not core.join(entry.link.conn, ticket.lock, core.now() - ticket.began) then return false end
   entry.holders = entry.holders + 1
+  add(entry.owners, ticket.owner, 1)
+  add(turns.locks_of, ticket.owner, 1)
   turns.owner_of[ticket.lock] = ticket.owner
   if ticket.living then ticket.living[ticket.lock] = true end
   return true
@@ -156,9 +170,10 @@ local function may_stay(turns, entry)
 end
 
 -- It is held no longer, as far as we are concerned.
-local function part(entry)
+local function part(turns, entry)
+  for owner, count in pairs(entry.owners) do add(turns.locks_of, owner, -count) end
   entry.link.held = entry.link.held - 1
-  entry.state, entry.link, entry.holders = nil, nil, 0
+  entry.state, entry.link, entry.holders, entry.owners = nil, nil, 0, nil
 end
 
 -- To the first in the queue; and to those behind him, who can hold it at the same time.
@@ -166,7 +181,7 @@ local function hand_on(turns, entry)
   local ticket = first_of(entry)
   while ticket and ticket.shared == entry.shared and (entry.shared or entry.holders == 0) and
     not entry.closing do
-    if not grant(turns, entry, ticket) then return part(entry) end
+    if not grant(turns, entry, ticket) then return part(turns, entry) end
     table.remove(entry.queue, 1)
     tell(ticket, true)
     ticket = first_of(entry)
@@ -176,10 +191,10 @@ end
 -- A link may hold the key, for those at the head of the queue. False: it does not, or nobody is there.
 local function take(turns, entry, on, shared)
   entry.state, entry.link, entry.shared = "held", on, shared
-  entry.since, entry.handed, entry.holders, entry.closing = core.now(), 0, 0, false
+  entry.since, entry.handed, entry.holders, entry.closing, entry.owners = core.now(), 0, 0, false, {}
   on.held = on.held + 1
   hand_on(turns, entry)
-  if entry.state and entry.holders == 0 then part(entry) end
+  if entry.state and entry.holders == 0 then part(turns, entry) end
   return entry.state ~= nil
 end
 
@@ -254,7 +269,7 @@ function Turns:on_over(on, err)
   if err and not on.conn then self.no_other_until = core.now() + NO_OTHER end
   for _, entry in pairs(self.entries) do
     if entry.state == "held" and entry.link == on then
-      part(entry)
+      part(self, entry)
       lost[#lost + 1] = entry
     end
   end
@@ -421,7 +436,11 @@ end
 function Turns:on_end(on, lock)
   local entry = self.entries[core.identity(lock)]
   if not entry or entry.state ~= "held" or entry.link ~= on then return end
-  self.owner_of[lock] = nil
+  local owner = self.owner_of[lock]
+  if owner then
+    add(entry.owners, owner, -1)
+    add(self.locks_of, owner, -1)
+  end
   entry.holders = entry.holders - 1
   if entry.holders == 0 then
     local ticket = first_of(entry)
@@ -432,7 +451,7 @@ function Turns:on_end(on, lock)
   end
   core.let_go(lock)
   if entry.holders > 0 then return end
-  if entry.link then part(entry) end
+  if entry.link then part(self, entry) end
   on:flush()
   self:advance(entry)
   self:feed()
@@ -455,36 +474,30 @@ end
 
 -- ---- deadlocks --------------------------------------------------------------------------
 
--- Does anybody wait for `me` whom the ticket waits for: who holds its key, or stands before it?
-local function leads_to(turns, me, ticket, holders, seen)
-  local function through(owner)
-    if owner == me then return true end
+-- Does a holder of the key wait for `me`? Those in its queue wait for nothing but the holders.
+local function leads_to(turns, me, entry, seen)
+  if seen[entry] or not entry.owners then return false end
+  seen[entry] = true
+  for owner in pairs(entry.owners) do
     local wanted = turns.wanted_by[owner]
-    return wanted and not wanted.outcome and leads_to(turns, me, wanted, holders, seen)
-  end
-  if seen[ticket] then return false end
-  seen[ticket] = true
-  for _, owner in ipairs(holders[ticket.entry.id] or {}) do
-    if through(owner) then return true end
-  end
-  for _, before in ipairs(ticket.entry.queue) do
-    if before == ticket then break end
-    if through(before.owner) then return true end
+    if owner == me or (wanted and not wanted.outcome and leads_to(turns, me, wanted.entry, seen)) then
+      return true
+    end
   end
   return false
 end
 
 local function is_deadlock(turns, ticket)
-  local holders, holds_any = {}, false
-  for lock, owner in pairs(turns.owner_of) do
-    local id = core.identity(lock)
-    if id then
-      holds_any = holds_any or owner == ticket.owner
-      holders[id] = holders[id] or {}
-      table.insert(holders[id], owner)
-    end
+  return turns.locks_of[ticket.owner] and leads_to(turns, ticket.owner, ticket.entry, {})
+end
+
+function Turns:owner()
+  local co = coroutine.running() or self
+  if not self.numbers[co] then
+    self.owners = self.owners + 1
+    self.numbers[co] = self.owners
   end
-  return holds_any and leads_to(turns, ticket.owner, ticket, holders, {})
+  return self.numbers[co]
 end
 
 -- ---- acquiring --------------------------------------------------------------------------
@@ -547,7 +560,7 @@ end
 ---@param timeout number  seconds; 0: it only tries
 ---@return true|"busy"|"timeout"|"deadlock"|pglocks.error outcome  true: the lock is held
 function Turns:acquire(lock, id, shared, timeout)
-  local now, owner = core.now(), coroutine.running() or self
+  local now, owner = core.now(), self:owner()
   local scheduler, entry = self.scheduler, entry_of(self, id)
   if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
   local ticket = setmetatable({
@@ -589,7 +602,7 @@ function Turns:check(lock, check, ...)
   local entry = self.entries[core.identity(lock) or ""]
   local ok, err = pcall(call, self, lock, function(_, ...) return check(lock, ...) end, ...)
   if entry and entry.state == "held" and not core.holds(entry.link.conn, lock.key) then
-    part(entry) -- something has let go of it behind our back
+    part(self, entry) -- something has let go of it behind our back
     self:advance(entry)
   end
   if not ok then error(err, 0) end
