@@ -90,13 +90,14 @@ end
 -- ---- looking without waiting ------------------------------------------------------------
 
 -- The file descriptor of a cosocket, where this ngx_lua tells it.
-local descriptor_of, is_readable
+local descriptor_of, is_readable, shut_down
 do
   local ok, ffi = pcall(require, "ffi")
   ok = ok and pcall(ffi.cdef, [[
     int ngx_http_lua_ffi_socket_tcp_hack_fd(void *u, int fd, unsigned char *err, size_t *errlen);
     struct pglocks_pollfd { int fd; short events, revents; };
     int poll(struct pglocks_pollfd *fds, unsigned long nfds, int timeout);
+    int shutdown(int fd, int how);
   ]])
   ok = ok and pcall(function() return ffi.C.ngx_http_lua_ffi_socket_tcp_hack_fd end)
   if ok then
@@ -110,6 +111,11 @@ do
     function is_readable(socket)
       fds[0].fd, fds[0].events = descriptor_of(socket), POLLIN
       return fds[0].fd >= 0 and ffi.C.poll(fds, 1, 0) > 0
+    end
+    local SHUT_RDWR = 2
+    function shut_down(socket)
+      local fd = descriptor_of(socket)
+      if fd >= 0 then ffi.C.shutdown(fd, SHUT_RDWR) end
     end
   end
 end
@@ -292,7 +298,9 @@ end
 function scheduler.detach(conn, seconds, done)
   local pump = pumps[conn]
   if not can_wait() or pump.request ~= get_request() then
-    -- Its cosocket cannot be used here, and is closed when its request ends.
+    -- Its cosocket cannot be used here, and is closed when its request ends: what the server holds
+    -- for it need not wait for that.
+    if shut_down and pump.socket then shut_down(pump.socket) end
     give(conn)
     core.connection.alive(conn)
     return done(conn)
