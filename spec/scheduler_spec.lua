@@ -441,10 +441,12 @@ local function under(name, loop)
   describe("module-level locks under " .. name, function()
     before_each(function()
       pglocks.setup {
-        scheduler = loop.scheduler,
+        scheduler = loop.spawning or loop.scheduler,
         databases = {
-          default = { conninfo = support.conninfo, pool_size = 3 },
-          patient = { conninfo = support.conninfo, pool_size = 1, timeout = 0.2 },
+          default = { conninfo = support.conninfo, dedicated = true, pool_size = 3 },
+          patient = { conninfo = support.conninfo, dedicated = true, pool_size = 1, timeout = 0.2 },
+          shared = support.conninfo,
+          reserved = { conninfo = support.conninfo, scheduler = loop.scheduler },
         },
       }
     end)
@@ -508,6 +510,35 @@ local function under(name, loop)
         for pid in pairs(holders()) do assert.is_true(pids[pid]) end
         lock:release()
       end
+    end)
+
+    test("share a connection where none is to be dedicated, through a locker", function()
+      local a, b = pglocks.lock("a", { using = "shared" }), pglocks.lock("b", { using = "shared" })
+      local n = 0
+      for _ in pairs(holders()) do n = n + 1 end
+      assert.equal(1, n)
+      assert.same({ nil, "busy" }, { pglocks.try_lock("a", { using = "shared" }) })
+      support.assert_code("deadlock", pglocks.lock, "a", { using = "shared" })
+      local attempted = pglocks.advisory_lock("a", { using = "shared", wait = false })
+      assert.is_false(attempted.acquired)
+      assert.is_false(attempted:held())
+      assert.same({ nil, "not held" }, { attempted:release() })
+      assert.is_truthy(tostring(attempted):find '"a"')
+      a:release()
+      attempted = pglocks.advisory_lock("a", { using = "shared", wait = false })
+      assert.is_true(attempted.acquired)
+      assert.is_true(attempted:release())
+      assert.equal("done", pglocks.with_lock("a", { using = "shared" }, function() return "done" end))
+      b:release()
+    end)
+
+    test("have a connection each where the scheduler cannot begin a coroutine", function()
+      local a, b = pglocks.lock("a", { using = "reserved" }), pglocks.lock("b", { using = "reserved" })
+      local n = 0
+      for _ in pairs(holders()) do n = n + 1 end
+      assert.equal(name == "own" and 2 or 1, n)
+      a:release()
+      b:release()
     end)
 
     test("wait for a connection of the pool, in turn", function()
@@ -637,8 +668,12 @@ describe("the option scheduler", function()
       err = support.raised(pglocks.setup, { scheduler = scheduler })
       assert.is_truthy(err:find(message, 1, true), err)
     end
-    local err = support.raised(pglocks.connect, { pool_size = 2 })
-    assert.is_truthy(err:find("option 'pool_size' is one of setup's databases", 1, true), err)
+    for option, value in pairs { pool_size = 2, dedicated = true, handovers = 1, max_connections = 2 } do
+      local err = support.raised(pglocks.connect, { [option] = value })
+      assert.is_truthy(err:find(("option '%s' is one of setup's databases"):format(option), 1, true), err)
+    end
+    support.assert_raises("option 'dedicated' is one of setup's databases", pglocks.locker, { dedicated = true })
+    local err
     err = support.raised(pglocks.connect, { pool_size = 0 })
     assert.is_truthy(err:find("option 'pool_size' must be an integer, at least 1", 1, true))
   end)

@@ -1462,6 +1462,15 @@ static int join(lua_State *L) {
   return 1;
 }
 
+/* bind(conn, lock): a closed lock that was not to be had, for its methods. */
+static int bind(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
+  if (lock->session != NULL) return luaL_error(L, "this lock was used before");
+  lock_bind(L, 2, 1, lock, s);
+  return 0;
+}
+
 static const luaL_Reg lock_metamethods[] = {{"__close", lock_scope_end},
                                             {"__gc", lock_collect},
                                             {"__tostring", lock_tostring},
@@ -1565,6 +1574,7 @@ static int annotate(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"annotate", annotate},
                                      {"attempt", attempt},
+                                     {"bind", bind},
                                      {"check", check_arguments},
                                      {"check_all", check_all_arguments},
                                      {"closed_lock", closed_lock},

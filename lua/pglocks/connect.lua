@@ -51,6 +51,13 @@ local function seconds(value)
   return type(value) == "number" and value > 0 and value < math.huge
 end
 
+local function is_boolean(value) return type(value) == "boolean" end
+
+local function at_least(least)
+  return { function(v) return type(v) == "number" and v >= least and v % 1 == 0 and v < math.huge end,
+    ("an integer, at least %d"):format(least) }
+end
+
 -- Our own options: what each must be, and how to say that.
 local OPTIONS = {
   timeout = { seconds, "seconds, more than 0" },
@@ -58,21 +65,26 @@ local OPTIONS = {
   on_lost = { function(v) return type(v) == "function" end, "a function" },
   release = { function(v) return v == "confirmed" or v == "deferred" end,
     '"confirmed" or "deferred"' },
-  allow_standby = { function(v) return type(v) == "boolean" end, "a boolean" },
+  allow_standby = { is_boolean, "a boolean" },
   lease = { seconds, "seconds, more than 0" },
   pooled = { function(v) return v == "session" or v == "transaction" end,
     '"session" or "transaction"' },
-  pool_size = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
-    "an integer, at least 1" },
-  max_connections = { function(v) return type(v) == "number" and v >= 2 and v % 1 == 0 end,
-    "an integer, at least 2" },
-  locks_per_connection = { function(v) return type(v) == "number" and v >= 1 and v % 1 == 0 end,
-    "an integer, at least 1" },
-  handovers = { function(v) return type(v) == "number" and v >= 0 and v % 1 == 0 end,
-    "an integer, at least 0" },
+  scheduler = true, -- by scheduled.choose
+  dedicated = { is_boolean, "a boolean" },
+  handovers = at_least(0),
   handover_time = { function(v) return type(v) == "number" and v >= 0 and v < math.huge end,
     "seconds, 0 or more" },
-  scheduler = true, -- by scheduled.choose
+  locks_per_connection = at_least(1),
+  max_connections = at_least(2),
+  pool_size = at_least(1),
+}
+
+-- Those that make no sense everywhere.
+local LOCKERS = { "setup's databases and of lockers", locker = true, database = true }
+local ONLY_OF = {
+  dedicated = { "setup's databases", database = true },
+  handovers = LOCKERS, handover_time = LOCKERS, locks_per_connection = LOCKERS, max_connections = LOCKERS,
+  pool_size = LOCKERS,
 }
 
 -- What is wrong must not be quoted: it may be a part of a password.
@@ -159,9 +171,10 @@ end
 --- `conninfo`, and our options.
 ---@param described? string|pglocks.description
 ---@param scheduler pglocks.scheduler|false where it does not name one
+---@param of "connection"|"database"|"locker"  what is described
 ---@return table|nil keywords
 ---@return table|string options, or what is wrong
-local function describe(described, scheduler)
+local function describe(described, scheduler, of)
   local keywords, options, wrong = {}, {}, nil
   if type(described) == "string" then
     wrong = add_conninfo(described, keywords)
@@ -173,6 +186,10 @@ local function describe(described, scheduler)
   end
   if not wrong and keywords.port and keywords.port:find "[^%d,]" then
     wrong = "keyword 'port' must be a number"
+  end
+  for name in pairs(options) do
+    local only = ONLY_OF[name]
+    if only and not only[of] then wrong = ("option '%s' is one of %s"):format(name, only[1]) end
   end
   wrong = wrong or check_times(keywords, options)
   if wrong then return nil, wrong end
@@ -345,4 +362,4 @@ local function connect(keywords, options, limit)
   end
 end
 
-return { describe = describe, connect = connect, connections = connections }
+return { describe = describe, connect = connect, connections = connections, only_of = ONLY_OF }

@@ -129,11 +129,9 @@ end
 
 local default_scheduler = scheduled.default()
 
--- What is given for one connection.
-local function describe(described)
-  local keywords, options = opening.describe(described, default_scheduler)
+local function describe(described, of)
+  local keywords, options = opening.describe(described, default_scheduler, of)
   if not keywords then core.raise_argument(1, options) end
-  if options.pool_size then core.raise_argument(1, "option 'pool_size' is one of setup's databases") end
   return keywords, options
 end
 
@@ -143,7 +141,7 @@ end
 ---@param described? string|pglocks.description without it the PG* environment
 ---@return pglocks.connection
 function pglocks.connect(described)
-  local keywords, options = describe(described)
+  local keywords, options = describe(described, "connection")
   local conn = opening.connect(keywords, options)
   if options.on_lost then scheduled.watch(conn) end
   return conn
@@ -156,7 +154,7 @@ end
 ---@param described? string|pglocks.description as for `connect`; what it says of `pooled` makes no difference
 ---@return pglocks.trust
 function pglocks.selftest(described)
-  local keywords, options = describe(described)
+  local keywords, options = describe(described, "connection")
   return (require "pglocks.selftest"(keywords, options))
 end
 
@@ -167,20 +165,20 @@ end
 ---@param described? string|pglocks.description
 ---@return pglocks.locker
 function pglocks.locker(described)
-  local keywords, options = describe(described)
+  local keywords, options = describe(described, "locker")
   local wrong = locker.unsuited(options)
   if wrong then core.raise_argument(1, wrong) end
   return locker.new(keywords, options)
 end
 
 local databases = {} -- by name: { keywords, options }
-local owners = {} -- by name: a connection that all callers share, or a pool
+local owners = {} -- by name: a connection that all callers share, a locker or a pool
 
 -- Keywords and options of what setup has named.
 local function database(name)
   local described = databases[name]
   if not described and name == "default" then
-    described = { opening.describe(nil, default_scheduler) }
+    described = { opening.describe(nil, default_scheduler, "database") }
   end
   if not described then
     core.raise_argument(2, ("option 'using': unknown database '%s'"):format(name))
@@ -190,15 +188,17 @@ end
 
 -- The owner of a module-level lock. In a plain program that is one connection for each name,
 -- opened on first use, and anew after it was lost: holding nothing then. With a scheduler it is a
--- pool, which lends a connection to each lock. What is wrong with the arguments is raised before
+-- locker; or a pool, which lends a connection to each lock. What is wrong with the arguments is raised before
 -- anything is opened for them. Nil: the lock's own timeout was too short to connect.
 local function owner(name, check, key, options)
   local found = owners[name]
   if found and found:alive() then return found end
   local keywords, own = database(name)
   check(key, options)
-  if own.scheduler then
+  if own.scheduler and (own.dedicated or locker.unsuited(own)) then
     found = pool.new(keywords, own, own.scheduler)
+  elseif own.scheduler then
+    found = locker.new(keywords, own)
   else
     local timeout = options and options.timeout
     found = opening.connect(keywords, own, timeout ~= 0 and timeout or nil)
@@ -286,7 +286,7 @@ function pglocks.setup(settings)
     if type(name) ~= "string" then
       core.raise_argument(1, "databases: names as strings expected")
     end
-    local keywords, options = opening.describe(description, scheduler)
+    local keywords, options = opening.describe(description, scheduler, "database")
     if not keywords then
       core.raise_argument(1, ("databases.%s: %s"):format(name, options))
     end
@@ -443,9 +443,8 @@ end
 -- Keywords and options of a description; without one, of the database of that name.
 local function find(description, name)
   if description == nil then return database(name) end
-  local keywords, options = opening.describe(description, default_scheduler)
+  local keywords, options = opening.describe(description, default_scheduler, "connection")
   if not keywords then core.raise_argument(2, "option 'database': " .. options) end
-  if options.pool_size then core.raise_argument(2, "option 'database': option 'pool_size' is one of setup's") end
   return keywords, options
 end
 

@@ -4,6 +4,7 @@
 -- waits that have ended.
 
 local core = require "pglocks.core"
+local descriptions = require "pglocks.connect"
 local run = require "pglocks.scope"
 
 core.own_source(debug.getinfo(1, "S").source)
@@ -263,7 +264,7 @@ local function describe(keywords, options)
   local described = {}
   for name, value in pairs(keywords) do described[name] = value end
   for name, value in pairs(options) do described[name] = value end
-  described.pool_size = nil
+  for name in pairs(descriptions.only_of) do described[name] = nil end
   described.scheduler = options.scheduler or "blocking"
   return described
 end

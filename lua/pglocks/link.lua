@@ -139,6 +139,7 @@ end
 local function drive(link)
   local ok, err = pcall(link.drive, link)
   link.driven = false
+  if link.conn and link.scheduler.leave then link.scheduler.leave(link.conn) end
   if ok then return end
   link:close()
   error(err, 0)
@@ -148,7 +149,8 @@ function Link:wake()
   local scheduler = self.scheduler
   if not self.driven then
     self.driven = true
-    scheduled.spawn(scheduler, function() drive(self) end)
+    local ok, err = pcall(scheduled.spawn, scheduler, function() drive(self) end)
+    if not ok then self:finish(err) end
   elseif scheduler.rouse and self.conn then
     scheduler.rouse(self.conn)
   end

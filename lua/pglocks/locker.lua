@@ -132,6 +132,14 @@ function Locker:try_lock(key, options)
   return nil, why
 end
 
+--- As try_lock without a timeout, but always a lock, whose `acquired` tells.
+function Locker:attempt(key, options)
+  local lock, why, closed = get(self, "attempt", key, options, 0)
+  if lock then return lock end
+  if why == "deadlock" then raise_deadlock(key, closed) end
+  return self.turns:bind(closed)
+end
+
 local function through(...) return ... end
 
 for _, method in ipairs { "lock_all", "try_lock_all" } do

@@ -211,7 +211,7 @@ end
 --- Has a coroutine of its own look for the loss of a connection, where the scheduler can begin one.
 function scheduled.watch(conn)
   local scheduler = schedulers[conn]
-  if not scheduler or not scheduler.spawn then return end
+  if not scheduler or not scheduler.spawn or scheduler.look then return end
   local descriptor, fd = core.watch(conn)
   if not descriptor then return end
   local watched = setmetatable({ conn = conn }, { __mode = "v" })

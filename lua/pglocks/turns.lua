@@ -645,6 +645,17 @@ end
 --- A link to ask something by.
 function Turns:any_link() return self:choose_for(nil) end
 
+--- A closed lock that was not to be had, for its methods.
+function Turns:bind(lock)
+  for _, one in ipairs(self.links) do
+    if one.conn then
+      core.bind(one.conn, lock)
+      return lock
+    end
+  end
+  core.raise("lost", "the connection was lost meanwhile")
+end
+
 --- What they hold: as conn:locks(), of all links.
 function Turns:locks()
   local locks = {}

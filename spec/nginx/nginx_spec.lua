@@ -13,8 +13,9 @@ local SETUP = [[
     local pglocks = require "pglocks"
     local conninfo = os.getenv "PGLOCKS_TEST_CONNINFO"
     pglocks.setup { databases = {
-      default = { conninfo = conninfo, pool_size = 50 },
-      small = { conninfo = conninfo, pool_size = 2, timeout = 0.3 },
+      default = conninfo,
+      own = { conninfo = conninfo, dedicated = true, pool_size = 50 },
+      small = { conninfo = conninfo, dedicated = true, pool_size = 2, timeout = 0.3 },
       confirmed = { conninfo = conninfo, release = "confirmed" },
       blocking = { conninfo = conninfo, scheduler = "blocking" },
     } }
@@ -33,10 +34,13 @@ local PRELUDE = [[
   local name = ngx.var.arg_name or "x"
   local using = ngx.var.arg_using
   local timeout = tonumber(ngx.var.arg_timeout)
+  ngx.shared.begun:incr(name, 1, 0) -- a lock that comes next is asked for before anybody can see this
 ]]
 
 local locations = {
   ["/ping"] = [[ ngx.say(ngx.worker.pid()) ]],
+
+  ["/begun"] = [[ ngx.say(ngx.shared.begun:get(ngx.var.arg_of) or 0) ]],
 
   ["/lock"] = [[
     answer(pcall(pglocks.with_lock, name, { timeout = timeout, using = using }, function(lock)
@@ -75,12 +79,12 @@ local locations = {
   end)) ]],
 
   -- Deaths of a request that holds a lock.
-  ["/dies/exit"] = [[ pglocks.lock(name) ngx.exit(500) ]],
-  ["/dies/error"] = [[ pglocks.lock(name) error "on purpose" ]],
-  ["/dies/redirect"] = [[ pglocks.lock(name) return ngx.redirect "/ping" ]],
-  ["/dies/exec"] = [[ pglocks.lock(name) return ngx.exec "/ping" ]],
-  ["/dies/end"] = [[ pglocks.lock(name) ngx.say "ended" ]],
-  ["/dies/abort"] = [[ pglocks.lock(name) ngx.say "held" ngx.flush(true) ngx.sleep(30) ]],
+  ["/dies/exit"] = [[ pglocks.lock(name, { using = using }) ngx.exit(500) ]],
+  ["/dies/error"] = [[ pglocks.lock(name, { using = using }) error "on purpose" ]],
+  ["/dies/redirect"] = [[ pglocks.lock(name, { using = using }) return ngx.redirect "/ping" ]],
+  ["/dies/exec"] = [[ pglocks.lock(name, { using = using }) return ngx.exec "/ping" ]],
+  ["/dies/end"] = [[ pglocks.lock(name, { using = using }) ngx.say "ended" ]],
+  ["/dies/abort"] = [[ pglocks.lock(name, { using = using }) ngx.say "held" ngx.flush(true) ngx.sleep(30) ]],
   ["/dies/thread"] = [[
     local thread = ngx.thread.spawn(function() pglocks.lock(name) end) -- waits
     ngx.sleep(0.1)
@@ -89,7 +93,7 @@ local locations = {
     ngx.sleep(1)
   ]],
   ["/dies/scope"] = [[
-    local ok, err = pcall(pglocks.with_lock, name, function() error("inside", 0) end)
+    local ok, err = pcall(pglocks.with_lock, name, { using = using }, function() error("inside", 0) end)
     ngx.say(err)
   ]],
 
@@ -113,7 +117,7 @@ local locations = {
     return table.concat(said, ", ")
   end)) ]],
 
-  ["/dies/transaction"] = [[ pglocks.lock(name, { scope = "transaction" }) error "on purpose" ]],
+  ["/dies/transaction"] = [[ pglocks.lock(name, { scope = "transaction", using = using }) error "on purpose" ]],
 
   ["/own"] = [[ answer(pcall(function()
     local conn = pglocks.connect(os.getenv "PGLOCKS_TEST_CONNINFO")
@@ -194,7 +198,7 @@ local function settings(http, first)
   for path, code in pairs(locations) do
     all[path] = type(code) == "table" and code or PRELUDE .. code
   end
-  return { http = http .. SETUP:format(first or ""), locations = all }
+  return { http = "lua_shared_dict begun 1m;" .. http .. SETUP:format(first or ""), locations = all }
 end
 
 local function waiting()
@@ -225,7 +229,8 @@ local function wait_until_held(name)
   wait_until("the lock to be held", function() return holder_of(name) end)
 end
 
-local function common(title, http)
+-- using: the database of the locks.
+local function common(title, http, using)
   describe(title, function()
     local nginx
 
@@ -233,9 +238,21 @@ local function common(title, http)
     teardown(function() nginx:stop() end)
     after_each(support.finish)
 
+    local function get(path) return nginx:get(path .. "&using=" .. using) end
+    local function begin(path) return nginx:begin(path .. "&using=" .. using) end
+
+    -- So many requests about this lock, all at once from now on.
+    local function wait_until_begun(name, count, before)
+      wait_until(count .. " requests", function()
+        return tonumber((nginx:get("/begun?of=" .. name))) == before + count
+      end)
+    end
+
+    local function begun(name) return tonumber((nginx:get("/begun?of=" .. name))) end
+
     it("locks and releases", function()
       for _ = 1, 5 do
-        local body, status = nginx:get "/lock"
+        local body, status = get "/lock?name=x"
         assert.equal(200, status)
         assert.equal('pglocks lock: "x", exclusive, held\n', body)
       end
@@ -243,15 +260,16 @@ local function common(title, http)
 
     it("has requests exclude each other, and try and time out", function()
       local gate = support.connect():lock "gate"
-      local holder = nginx:begin "/hold?gate=gate&name=a"
+      local holder = begin "/hold?gate=gate&name=a"
       assert.equal("held", holder.line())
-      assert.equal("busy\n", (nginx:get "/try?name=a"))
-      assert.equal("timeout\n", (nginx:get "/try?name=a&timeout=0.05"))
-      local body, status = nginx:get "/lock?name=a&timeout=0.05"
+      assert.equal("busy\n", (get "/try?name=a"))
+      assert.equal("timeout\n", (get "/try?name=a&timeout=0.05"))
+      local body, status = get "/lock?name=a&timeout=0.05"
       assert.equal(503, status)
       assert.is_truthy(body:find("^timeout pglocks: timeout: no lock on \"a\" within 0%.%d+ s"), body)
-      local waiter = nginx:begin "/lock?name=a"
-      wait_until("both to wait", function() return waiting() == 2 end)
+      local before = begun "a"
+      local waiter = begin "/lock?name=a"
+      wait_until_begun("a", 1, before)
       gate:release()
       assert.equal("true\nreleased\n", holder.body())
       assert.equal('pglocks lock: "a", exclusive, held\n', waiter.body())
@@ -260,9 +278,9 @@ local function common(title, http)
     it("goes on answering while requests wait", function()
       local conn = support.connect()
       local lock = conn:lock "w"
-      local requests = {}
-      for i = 1, 20 do requests[i] = nginx:begin "/lock?name=w" end
-      wait_until("all to wait", function() return waiting() == 20 end)
+      local requests, before = {}, begun "w"
+      for i = 1, 20 do requests[i] = begin "/lock?name=w" end
+      wait_until_begun("w", 20, before)
       for _ = 1, 10 do assert.equal(200, select(2, nginx:get "/ping")) end
       lock:release()
       for i = 1, 20 do assert.equal('pglocks lock: "w", exclusive, held\n', requests[i].body()) end
@@ -279,27 +297,27 @@ local function common(title, http)
 
     for _, death in ipairs { "exit", "error", "redirect", "exec", "end", "transaction" } do
       it("frees the lock of a request that dies: " .. death, function()
-        nginx:get("/dies/" .. death .. "?name=d")
+        get("/dies/" .. death .. "?name=d")
         wait_until("the lock to be free", function() return not holder_of "d" end, 1)
       end)
     end
 
     it("carries every kind of lock, many at once", function()
       local expected = "transaction, inside, true, true, true, true true\n"
-      assert.equal(expected, (nginx:get "/kinds?name=k&timeout=5"))
+      assert.equal(expected, (get "/kinds?name=k&timeout=5"))
       local requests = {}
-      for i = 1, 6 do requests[i] = nginx:begin("/kinds?name=k" .. i % 3 .. "&timeout=8") end
+      for i = 1, 6 do requests[i] = begin("/kinds?name=k" .. i % 3 .. "&timeout=8") end
       for i = 1, 6 do assert.equal(expected, requests[i].body()) end
       wait_until("all to be free", function() return #pg_locks() == 0 end)
     end)
 
     it("frees the lock of a scope that fails, and keeps the error", function()
-      assert.equal("inside\n", (nginx:get "/dies/scope?name=d"))
+      assert.equal("inside\n", (get "/dies/scope?name=d"))
       wait_until("the lock to be free", function() return not holder_of "d" end, 1)
     end)
 
     it("frees the lock of a request whose client has gone", function()
-      local request = nginx:begin "/dies/abort?name=d"
+      local request = begin "/dies/abort?name=d"
       assert.equal("held", request.line())
       assert.is_truthy(holder_of "d")
       freed_after("d", function() support.signal("KILL", request.pid) end)
@@ -314,9 +332,9 @@ local function common(title, http)
   end)
 end
 
-local function notices_loss(nginx)
+local function notices_loss(nginx, using)
   local gate = support.connect():lock "gate"
-  local request = nginx:begin "/hold?gate=gate&name=l"
+  local request = nginx:begin("/hold?gate=gate&name=l&using=" .. using)
   assert.equal("held", request.line())
   observe("SELECT pg_terminate_backend($1)", holder_of "l")
   wait_until("its backend to end", function() return not holder_of "l" end)
@@ -331,8 +349,9 @@ if not server.available() then
   return
 end
 
-common("nginx", "")
-common("nginx with lua_code_cache off", "lua_code_cache off;")
+common("nginx", "", "default")
+common("nginx, with a connection for each lock,", "", "own")
+common("nginx with lua_code_cache off", "lua_code_cache off;", "default")
 
 describe("nginx", function()
   local nginx
@@ -360,11 +379,13 @@ describe("nginx", function()
   it("runs many pairs in one request, deferred and confirmed", function()
     assert.equal("done\n", (nginx:get "/pairs?n=500"))
     assert.equal("done\n", (nginx:get "/pairs?n=500&using=confirmed"))
+    assert.equal("done\n", (nginx:get "/pairs?n=500&using=own"))
     wait_until("all to be free", function() return #pg_locks() == 0 end)
   end)
 
   it("serves hundreds of requests at once", function()
-    for _, using in ipairs { "default", "confirmed" } do -- more than can be collected, or than connections
+    -- More than locks of a connection, or answers that can be collected, or connections.
+    for _, using in ipairs { "default", "confirmed", "own" } do
       local statuses = nginx:get_many("/lock?name=[1-400]&using=" .. using, 120)
       assert.same({ ["200"] = 400 }, statuses)
       wait_until("all to be free", function() return #pg_locks() == 0 end)
@@ -391,7 +412,7 @@ describe("nginx", function()
   end)
 
   it("frees the pool's place of a request that died", function()
-    for _ = 1, 12 do nginx:get "/dies/end?name=d" end
+    for _ = 1, 12 do nginx:get "/dies/end?name=d&using=small" end
     for _ = 1, 6 do nginx:get "/hold?seconds=0&name=p&using=small" end
     assert.equal(200, select(2, nginx:get "/lock?using=small"))
   end)
@@ -406,7 +427,10 @@ describe("nginx", function()
     request.body()
   end)
 
-  it("notices the loss of a held lock", function() notices_loss(nginx) end)
+  it("notices the loss of a held lock", function()
+    notices_loss(nginx, "default")
+    notices_loss(nginx, "own")
+  end)
 
   it("keeps the connection of another request out of reach", function()
     for _ = 1, 20 do -- until both come to the same worker
@@ -491,5 +515,8 @@ describe("nginx without a look at cosockets", function()
     assert.equal('pglocks lock: "x", exclusive, held\n', (nginx:get "/lock"))
   end)
 
-  it("notices the loss of a held lock", function() notices_loss(nginx) end)
+  it("notices the loss of a held lock", function()
+    notices_loss(nginx, "default")
+    notices_loss(nginx, "own")
+  end)
 end)

@@ -5,7 +5,8 @@
 --- closes the cosocket when its request ends, however it ends, PostgreSQL frees the locks of a
 --- request that died at once, and not when its garbage is collected.
 ---
---- A cosocket belongs to one request. Between two of them it lies in a keepalive pool of its own.
+--- A cosocket belongs to one request. Between two of them it lies in a keepalive pool of its own; and a
+--- connection that many requests share belongs to a timer, which lives as long as the connection does.
 
 local core = require "pglocks.core"
 local semaphore = require "ngx.semaphore"
@@ -21,6 +22,9 @@ local take, give, awaits = core.take, core.give, core.awaits
 local SLICE = 5
 local KEEPALIVE = 60
 local RECEIVED_AT_MOST = 65536 -- bytes
+local RESTS = 0.5 -- at most, of a shared connection with nothing to do: until it looks whether to end
+local LOOKS = 0.05 -- from one look for requests that have ended to the next
+local A_DAY = 86400000 -- milliseconds
 
 ---@type pglocks.scheduler
 local scheduler = { now = core.now, sleep = ngx.sleep }
@@ -43,7 +47,8 @@ end
 -- ---- the pump ---------------------------------------------------------------------------
 
 -- By connection: { socket = the cosocket or nil between requests, request =, address = what to
--- connect to, rest = received, but not taken by libpq yet, pool =, idle_since = }
+-- connect to, rest = received, but not taken by libpq yet, pool =, idle_since =; and of one that is shared
+-- signal = a semaphore, posted when there is something to do, reader = a light thread }
 local pumps = setmetatable({}, { __mode = "k" })
 
 local function send_all(conn, pump)
@@ -77,6 +82,8 @@ function scheduler.wait(_, events, seconds, conn)
   send_all(conn, pump)
   if pump.rest then
     deliver(conn, pump, pump.rest)
+  elseif pump.signal then
+    pump.signal:wait(math.min(seconds or SLICE, SLICE))
   elseif events == "r" and pump.socket then
     receive(conn, pump, math.min(seconds or SLICE, SLICE))
   end
@@ -330,6 +337,117 @@ function scheduler.attach(conn)
     return false
   end
   return attach(conn, pump) == true
+end
+
+-- ---- shared connections -----------------------------------------------------------------
+
+--- Begins a light thread that belongs to no request.
+function scheduler.spawn(fn)
+  local ok, err = ngx.timer.at(0, function() fn() end)
+  if not ok then core.raise("server", "nginx: no timer can begin: " .. tostring(err)) end
+end
+
+--- There is something to do on a shared connection.
+function scheduler.rouse(conn)
+  local signal = pumps[conn].signal
+  if signal and signal:count() < 1 then signal:post(1) end
+end
+
+local function read_on(conn, pump)
+  pump.socket:settimeout(A_DAY)
+  while true do
+    local bytes, err = pump.socket:receiveany(RECEIVED_AT_MOST)
+    if bytes then
+      deliver(conn, pump, bytes)
+    elseif err ~= "timeout" then
+      give(conn, nil, err ~= "closed")
+      return scheduler.rouse(conn)
+    end
+    scheduler.rouse(conn)
+    while pump.rest do ngx.sleep(SHORTLY) end
+  end
+end
+
+--- From now on the calling light thread has a connection that requests share: it sends, and a reader of
+--- its own receives.
+function scheduler.keep(conn)
+  local pump = pumps[conn]
+  pump.signal = semaphore.new()
+  pump.reader = ngx.thread.spawn(read_on, conn, pump)
+end
+
+--- The end of that: nginx waits for a timer's light threads.
+function scheduler.leave(conn)
+  local pump = pumps[conn]
+  ngx.thread.kill(pump.reader)
+  pump.socket:close()
+  pump.socket = nil
+  give(conn)
+end
+
+local lives, lives_begun, is_watching = {}, 0, false
+
+-- Without lua_code_cache every request has a Lua of its own, which stays as long as this does: who has seen
+-- one request alone does not stay for others.
+local function is_wanted(idle)
+  return not idle or not ngx.worker.exiting() and idle < KEEPALIVE and (lives_begun > 1 or next(lives) ~= nil)
+end
+
+--- Sends what was written, and waits until there may be something to do. idle: for so many seconds nothing
+--- was held; or nil. False: the connection is to be closed.
+function scheduler.rest(conn, idle)
+  local pump = pumps[conn]
+  send_all(conn, pump)
+  if pump.rest then deliver(conn, pump, pump.rest) end
+  if not is_wanted(idle) then return false end
+  pump.signal:wait(RESTS)
+  return true
+end
+
+-- ---- the ends of requests ---------------------------------------------------------------
+
+local function end_things(life)
+  for thing in pairs(life.things) do pcall(getmetatable(thing).__close, thing) end
+end
+
+local function has_things()
+  for life in pairs(lives) do
+    if next(life.things) then return true end
+  end
+  return false
+end
+
+local function watch()
+  while next(lives) and (not ngx.worker.exiting() or has_things()) do
+    ngx.sleep(LOOKS)
+    for life in pairs(lives) do
+      -- Somebody else's socket raises an error; one that nginx has closed with its request does not.
+      if pcall(life.socket.close, life.socket) then
+        lives[life] = nil
+        end_things(life)
+      end
+    end
+  end
+  is_watching = false
+end
+
+local LIFE = {} -- a key in ngx.ctx
+
+--- Things with a `__close` that is called when the calling request ends, however it ends: as keys.
+function scheduler.living()
+  local life = ngx.ctx[LIFE]
+  if life then return life.things end
+  -- nginx closes the sockets of a request with it. To this one nothing is ever sent.
+  local socket = ngx.socket.udp()
+  local ok, err = socket:setpeername("127.0.0.1", 9)
+  if not ok then core.raise("server", "nginx: no socket: " .. tostring(err)) end
+  life = { socket = socket, things = setmetatable({}, { __mode = "k" }) }
+  ngx.ctx[LIFE], lives[life], lives_begun = life, true, lives_begun + 1
+  if not is_watching then
+    scheduler.spawn(watch)
+    is_watching = true
+  end
+  return life.things
 end
 
 -- ---- parking ----------------------------------------------------------------------------
