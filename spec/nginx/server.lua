@@ -18,7 +18,7 @@ local CONF = [[
 load_module %s/ndk_http_module.so;
 load_module %s/ngx_http_lua_module.so;
 %s
-worker_processes 2;
+worker_processes %d;
 daemon on;
 pid nginx.pid;
 error_log error.log info;
@@ -48,7 +48,7 @@ function server.available()
 end
 
 --- settings: http (directives), locations ({ ["/path"] = Lua code of its content, or directives in
---- a table }), reuseport (both workers get connections)
+--- a table }), workers (2), reuseport (all workers get connections)
 function server.start(settings)
   for _ = 1, 10 do
     local ok, result = pcall(server.try_start, settings, 20000 + math.random(12000))
@@ -67,7 +67,7 @@ function server.try_start(settings, port)
       type(code) == "table" and code[1] or ("content_by_lua_block {\n%s\n}"):format(code))
   end
   local is_root = shell "id -u":match "%d+" == "0"
-  local conf = CONF:format(MODULES, MODULES, is_root and "user root;" or "", ROOT, ROOT, ROOT,
+  local conf = CONF:format(MODULES, MODULES, is_root and "user root;" or "", settings.workers or 2, ROOT, ROOT, ROOT,
     os.getenv "PGLOCKS_BUILD_OF_NGINX" or "", settings.http or "", self.port,
     settings.reuseport and " reuseport" or "", table.concat(locations, "\n"))
   local file = assert(io.open(self.prefix .. "/nginx.conf", "w"))

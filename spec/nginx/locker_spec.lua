@@ -1,0 +1,229 @@
+-- What the requests of one worker share: its connections, and the turns of a key.
+
+local support = require "spec.support"
+local server = require "spec.nginx.server"
+
+if not server.available() then return end -- nginx_spec.lua says so
+
+local observe, pg_locks, wait_until = support.observe, support.pg_locks, support.wait_until
+
+local HTTP = [[
+  init_by_lua_block {
+    pglocks = require "pglocks"
+    local conninfo = os.getenv "PGLOCKS_TEST_CONNINFO"
+    pglocks.setup { databases = {
+      default = {
+        conninfo = conninfo, application_name = "shared", handovers = 100, handover_time = 100,
+        on_lost = function(_, err, locks) ngx.log(ngx.NOTICE, "lost ", #locks, " ", err.sqlstate) end,
+      },
+    } }
+    state = { begun = 0, held = {}, dies = {} } -- a request's globals are its own, tables are not
+  }
+]]
+
+local locations = {
+  ["/begun"] = [[ ngx.say(state.begun) ]],
+
+  -- Holds until it is told to die, in some way.
+  ["/hold"] = [[
+    local name = ngx.var.arg_name or "x"
+    state.begun = state.begun + 1
+    local lock = pglocks.lock(name, { shared = ngx.var.arg_shared and true })
+    if ngx.var.arg_kept then state.held[name] = lock end
+    ngx.say "held"
+    ngx.flush(true)
+    while not state.dies[name] do ngx.sleep(0.005) end
+    local how = state.dies[name]
+    state.dies[name] = nil
+    if how == "exit" then ngx.exit(ngx.OK) elseif how == "error" then error "on purpose" end
+    if how == "release" then ngx.say(tostring(lock:release())) else ngx.say(tostring(lock:held())) end
+  ]],
+
+  ["/die"] = [[ state.dies[ngx.var.arg_name or "x"] = ngx.var.arg_how or "end" ]],
+
+  -- By another request than the one that took it.
+  ["/release"] = [[ ngx.say(tostring(state.held[ngx.var.arg_name]:release())) ]],
+  ["/held"] = [[ ngx.say(tostring(state.held[ngx.var.arg_name]:held())) ]],
+
+  ["/wait"] = [[
+    state.begun = state.begun + 1
+    local lock = pglocks.lock(ngx.var.arg_name or "x")
+    ngx.say(string.format("%.3f", lock.waited))
+    lock:release()
+  ]],
+
+  ["/many"] = [[
+    local locks = {}
+    for i = 1, tonumber(ngx.var.arg_n) do locks[i] = pglocks.lock(i) end
+    ngx.say(#locks)
+  ]],
+
+  ["/deadlock"] = [[
+    local lock = pglocks.lock "x"
+    local _, err = pcall(pglocks.lock, "x")
+    ngx.say(err.code)
+  ]],
+
+  ["/check"] = [[
+    local lock = pglocks.lock(ngx.var.arg_name, { shared = true })
+    ngx.say(tostring(lock:check()), " ", tostring(lock:upgrade()), " ", tostring(lock:downgrade()))
+    lock:release()
+  ]],
+
+  -- A timer that holds, again and again, for as long as the worker lives.
+  ["/daemon"] = [[
+    ngx.timer.at(0, function()
+      while not ngx.worker.exiting() do
+        pglocks.with_lock("daemon", function() ngx.sleep(0.001) end)
+      end
+    end)
+  ]],
+}
+
+local function sessions()
+  return observe("SELECT pid FROM pg_stat_activity WHERE application_name = 'shared' ORDER BY backend_start")
+end
+
+local function running(http)
+  return server.start { http = (http or "") .. HTTP, workers = 1, locations = locations }
+end
+
+describe("the requests of a worker", function()
+  local nginx
+  before_each(function() nginx = running() end)
+  after_each(function()
+    local errors = nginx:errors():gsub("[^\n]*on purpose[^\n]*", ""):gsub("\n", "")
+    nginx:stop()
+    support.finish()
+    assert.equal("", errors)
+  end)
+
+  local function hold(arguments)
+    local request = nginx:begin("/hold?" .. arguments)
+    assert.equal("held", request.line())
+    return request
+  end
+
+  local function wait_until_begun(count)
+    wait_until(count .. " requests", function() return tonumber((nginx:get "/begun")) == count end)
+  end
+
+  it("share one connection, and are owners of their own", function()
+    local a, b = hold "name=a", hold "name=b"
+    assert.equal(1, #sessions())
+    assert.equal(2, #pg_locks())
+    assert.equal("deadlock\n", (nginx:get "/deadlock"))
+    nginx:get "/die?name=a&how=release"
+    nginx:get "/die?name=b&how=release"
+    assert.equal("true\n", a.body())
+    assert.equal("true\n", b.body())
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
+    assert.equal("1000\n", (nginx:get "/many?n=1000"))
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
+    assert.is_true(#sessions() <= 10)
+  end)
+
+  for _, how in ipairs { "end", "exit", "error" } do
+    it("get what one of them leaves behind, and keep their own: " .. how, function()
+      local dying, other = hold "name=x", hold "name=other"
+      local waiting = nginx:begin "/wait"
+      wait_until_begun(3)
+      nginx:get("/die?how=" .. how)
+      assert.is_truthy(tonumber(waiting.body()))
+      assert.is_truthy(dying.body())
+      wait_until("x to be free", function() return #pg_locks() == 1 end)
+      assert.equal(1, #sessions())
+      nginx:get "/die?name=other"
+      assert.equal("true\n", other.body())
+      wait_until("all to be free", function() return #pg_locks() == 0 end)
+    end)
+  end
+
+  it("do not stand behind one that has gone while it waited", function()
+    local holder = hold "name=x"
+    local gone, waiting = nginx:begin "/wait", nginx:begin "/wait"
+    wait_until_begun(3)
+    support.signal("KILL", gone.pid)
+    nginx:get "/die?how=release"
+    assert.equal("true\n", holder.body())
+    assert.is_true(tonumber(waiting.body()) < 3)
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
+  end)
+
+  -- Its connection is closed; what the server still has of it lets go as soon as it is granted.
+  it("get no lock any more when they have gone while the server had them wait", function()
+    local conn = support.connect()
+    local lock = conn:lock "x"
+    local gone = nginx:begin "/wait"
+    wait_until("it to wait", function() return #pg_locks() == 2 end)
+    support.signal("KILL", gone.pid)
+    lock:release()
+    assert.is_truthy(tonumber((nginx:get "/wait")))
+  end)
+
+  it("release each other's locks, and see whether they are held", function()
+    local holder = hold "name=x&kept=1"
+    assert.equal("true\n", (nginx:get "/held?name=x"))
+    assert.equal("true\n", (nginx:get "/release?name=x"))
+    assert.equal("false\n", (nginx:get "/held?name=x"))
+    wait_until("it to be free", function() return #pg_locks() == 0 end)
+    nginx:get "/die"
+    assert.equal("false\n", holder.body())
+  end)
+
+  it("check, upgrade and downgrade", function()
+    assert.equal("true true true\n", (nginx:get "/check?name=x"))
+  end)
+
+  it("hear of a loss at once, and go on with another connection", function()
+    local a, b = hold "name=a", hold "name=b"
+    observe("SELECT pg_terminate_backend($1)", sessions()[1].pid)
+    wait_until("on_lost", function()
+      return support.read(nginx.prefix .. "/error.log"):find("lost 2 57P01", 1, true)
+    end)
+    nginx:get "/die?name=a"
+    nginx:get "/die?name=b"
+    assert.equal("false\n", a.body())
+    assert.equal("false\n", b.body())
+    assert.is_truthy(tonumber((nginx:get "/wait?name=a")))
+  end)
+
+  it("hold on through a reload; the old worker then ends", function()
+    local holder = hold "name=x"
+    local waiting, old = nginx:begin "/wait", nginx:workers()[1]
+    nginx:get "/daemon"
+    wait_until_begun(2)
+    nginx:command "-s reload"
+    wait_until("a new worker", function()
+      local now = nginx:workers()
+      return #now == 1 and now[1] ~= old
+    end)
+    local later = nginx:begin "/wait" -- in the new one
+    wait_until("it to wait", function()
+      return #observe "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted" == 1
+    end)
+    support.signal("TERM", holder.pid) -- nobody can ask the old one any more: its client goes, and so does its lock
+    assert.is_truthy(tonumber(waiting.body()))
+    assert.is_truthy(tonumber(later.body()))
+    wait_until("the old worker to end", function() return support.has_ended(old) end)
+    wait_until("its sessions to end", function() return #sessions() <= 1 end)
+  end)
+
+  it("end with their worker when nginx quits or is killed", function()
+    nginx:get "/wait"
+    local worker = nginx:workers()[1]
+    nginx:command "-s quit"
+    wait_until("the worker to end", function() return support.has_ended(worker) end)
+    wait_until("its sessions to end", function() return #sessions() == 0 end)
+  end)
+end)
+
+describe("nginx with lua_code_cache off", function()
+  it("keeps no connection for a Lua that nobody needs any more", function()
+    local nginx = running "lua_code_cache off;"
+    for _ = 1, 20 do assert.is_truthy(tonumber((nginx:get "/wait"))) end
+    wait_until("all sessions to end", function() return #sessions() == 0 end)
+    nginx:stop()
+    support.finish()
+  end)
+end)
