@@ -141,7 +141,7 @@
 
 ---@alias pglocks.body fun(lock: pglocks.lock, ...: any): ...
 
----@alias pglocks.on_lost fun(conn: pglocks.connection, err: pglocks.error, locks: pglocks.held[])
+---@alias pglocks.on_lost fun(conn: pglocks.connection|pglocks.locker, err: pglocks.error, locks: pglocks.held[])
 
 --- A connection: a conninfo string or URI, or a table of these and of libpq's keywords. Without
 --- one, the PG* environment.
@@ -154,7 +154,14 @@
 ---@field release? "confirmed"|"deferred"  "deferred": the end of a lock is sent, not waited for; the
 --- default with a scheduler
 ---@field scheduler? pglocks.waits  who waits for the connection; without it that of `setup`
----@field pool_size? integer  connections at most for module-level locks under a scheduler (10)
+---@field dedicated? boolean  of setup's databases, under a scheduler: true, each module-level lock has a
+--- connection of its own, and does not go through a locker
+---@field pool_size? integer  of setup's databases and of lockers: connections at most for locks that have one
+--- of their own (10)
+---@field max_connections? integer  of those, too: connections at most that owners share (10)
+---@field locks_per_connection? integer  how many locks one holds until another one is opened (100)
+---@field handovers? integer  how often a key is handed on inside the process, while others wait for it (32)
+---@field handover_time? number  seconds for which it is, at most (0.005)
 ---@field lease? number  seconds of silence after which the server ends the session (PostgreSQL 14)
 ---@field allow_standby? boolean
 ---@field pooled? "session"|"transaction"  what a connection pooler in between pools. "transaction": locks
@@ -431,6 +438,7 @@ function lock:downgrade() end
 ---@field backend_pid? integer  of the server process behind a pooler
 ---@field on_lost? pglocks.on_lost
 ---@field on_free? fun(conn: pglocks.connection)  called when a lock has been let go
+---@field on_end? fun(conn: pglocks.connection, lock: pglocks.lock)  called when the scope of a joined lock ends
 
 --- Methods that replace the blocking ones on a connection with `scheduled`. Filled by scheduled.lua.
 ---@class pglocks.scheduled
@@ -592,6 +600,49 @@ function core.let_go(lock) end
 ---@param other pglocks.lock
 ---@return boolean  false: one of them is not held, and nothing was done
 function core.exchange(lock, other) end
+
+--- How many forks this process descends from: it differs in a child.
+---@return integer
+function core.forks() end
+
+--- A lock on no connection yet, for `core.join`. Raises what `conn:lock` would raise about its arguments.
+---@param key pglocks.locked
+---@param options? pglocks.options
+---@return pglocks.lock lock
+---@return string id  of its key: the same for the same key
+---@return boolean shared
+---@return number|nil timeout
+---@return boolean token  is one asked for?
+---@return boolean apart  do the options ask for what takes a connection of its own?
+function core.closed_lock(key, options) end
+
+--- A closed lock becomes one more on what the connection holds of its key, in its mode.
+---@param conn pglocks.connection
+---@param lock pglocks.lock
+---@param waited number  seconds
+---@return boolean  false: it holds nothing of that
+function core.join(conn, lock, waited) end
+
+--- A closed lock that was not to be had becomes one of the connection, for its methods.
+---@param conn pglocks.connection
+---@param lock pglocks.lock
+function core.bind(conn, lock) end
+
+--- The string of a lock's key; nil where it is not held. Raises lost, once, and forked.
+---@param lock pglocks.lock
+---@return string|nil id
+function core.standing(lock) end
+
+--- The string of a lock's key; nil where it is known not to be held. Never raises.
+---@param lock pglocks.lock
+---@return string|nil id
+function core.identity(lock) end
+
+--- Is a release of a closed lock's key under way on a connection?
+---@param conn pglocks.connection
+---@param lock pglocks.lock
+---@return boolean
+function core.leaves(conn, lock) end
 
 --- Sets fields of a lock, and how its end is announced: with the marker of another key, however soon it
 --- comes; false: not at all. internal: it is not listed as held.
@@ -770,6 +821,12 @@ function start.try_lock_all(conn, keys, options) end
 ---@param options? pglocks.options
 ---@return boolean patient  true: nothing was begun, it is for the function of `core.patiently`
 function start.attempt(conn, key, options) end
+
+--- Tries the keys of closed locks, all of one mode, each for itself. `core.finish` returns one lock on those
+--- that were got, for others to join, and the error where the statement failed.
+---@param conn pglocks.connection
+---@param locks pglocks.lock[]
+function start.try_each(conn, locks) end
 
 ---@param lock pglocks.lock
 ---@return pglocks.connection  the one to drive
