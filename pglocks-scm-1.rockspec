@@ -48,6 +48,7 @@ build = {
     ["pglocks.selftest"] = "lua/pglocks/selftest.lua",
     ["pglocks.turns"] = "lua/pglocks/turns.lua",
     ["pglocks.types"] = "lua/pglocks/types.lua",
+    ["resty.pglocks"] = "lua/resty/pglocks.lua",
     ["pglocks.core"] = {
       sources = {
         "src/module.c",
