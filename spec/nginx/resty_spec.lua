@@ -122,7 +122,12 @@ describe("resty.pglocks", function()
     it("opens nothing before the first lock", function()
       assert.equal(0, backends_named "unused")
       assert.equal("0\n1\n", (nginx:get(path)))
-      assert.is_true(backends_named "unused" > 0)
+      assert.equal(1, backends_named "unused")
+    end)
+
+    it("uses its connections again", function()
+      for _ = 1, 8 do assert.equal("0\n1\n", (nginx:get(path))) end
+      assert.is_true(backends_named "unused" <= 2, "more than workers")
     end)
   end
 
@@ -369,10 +374,13 @@ false (string or number as the key expected, got function)
   end
 
   says("leaves the key free, for one who tries once, too", [[
-    local one, other = new(), new { timeout = 0 }
+    local one, two, other = new(), new(), new { timeout = 0 }
     local failed = 0
     for _ = 1, 200 do
-      if one:lock "a" ~= 0 or one:unlock() ~= 1 then failed = failed + 1 end
+      one:lock "a"
+      two:lock "b"
+      two:unlock() -- so that a second connection is there, which asks beside the first
+      one:unlock()
       if other:lock "a" ~= 0 or other:unlock() ~= 1 then failed = failed + 1 end
     end
     say(failed)
@@ -468,6 +476,23 @@ false (seconds, at least 0, expected, got inf)
       assert.equal("nil not found\nnil not found\nnil unlocked\n0\n1\n", request.body())
     end)
   end
+
+  -- Without being woken, who looks at the clock does so once a second.
+  says("ends a hold in time", [[
+    local long, short, shortest = new(), new { exptime = 0.01 }, 1
+    say(long:lock "long")
+    for _ = 1, 4 do
+      short:lock "short"
+      local began = ngx.now()
+      while short.dict:ttl "short" do
+        ngx.sleep(0.001)
+        ngx.update_time()
+      end
+      shortest = math.min(shortest, ngx.now() - began)
+    end
+    say(shortest < 0.5)
+    say(long:unlock())
+  ]], "0", "true", "1")
 
   -- Who looks at the clock was about to stop.
   says("ends a hold that began when there had been none for a while", [[
