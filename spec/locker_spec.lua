@@ -81,6 +81,7 @@ local function under(name, loop)
       local one = locker()
       local a, b = one:lock "a", one:lock "b"
       assert.is_true(a:held() and b:held())
+      assert.equal(0, a.waited)
       assert.equal(1, #sessions())
       assert.equal(2, #pg_locks(sessions()[1].pid))
       local lock, why

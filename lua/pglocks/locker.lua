@@ -31,9 +31,10 @@ local function unsuited(options)
   end
 end
 
---- A locker of connections to what `describe` has read.
-local function new(keywords, options)
-  local settings = {}
+--- A locker of connections to what `describe` has read. special: { deadlocks = false }, where a lock may end
+--- that its own coroutine waits for.
+local function new(keywords, options, special)
+  local settings = { deadlocks = not special or special.deadlocks }
   for name, value in pairs(DEFAULTS) do settings[name] = options[name] or value end
   local self = setmetatable({ keywords = keywords, options = options }, Locker)
   local on_lost = options.on_lost

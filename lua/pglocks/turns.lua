@@ -28,7 +28,7 @@ local ATTEMPT = 0.001 -- of an upgrade, on a link that others need
 local Turns = {}
 Turns.__index = Turns
 
---- settings: max_connections, locks_per_connection, handovers, handover_time
+--- settings: max_connections, locks_per_connection, handovers, handover_time; deadlocks: are they looked for?
 ---@param keywords table<string, string>
 ---@param options table
 ---@param settings table
@@ -43,7 +43,7 @@ local function new(keywords, options, settings, on_lost)
     no_other_until = 0,
     -- Owners are coroutines, by number: what these leave behind is released when it is collected, and nobody
     -- who looks for a deadlock may keep it alive.
-    numbers = setmetatable({}, { __mode = "k" }), -- by coroutine
+    numbers = setmetatable({}, { __mode = "k" }), -- by coroutine, or by request and coroutine
     owners = 0,
     owner_of = setmetatable({}, { __mode = "k" }), -- by lock
     locks_of = {}, -- how many, by owner
@@ -52,7 +52,7 @@ local function new(keywords, options, settings, on_lost)
 end
 
 -- What a coroutine waits by: { turns =, entry =, lock = a closed one, shared =, once = it only tries, began =,
--- deadline =, owner =, living = of whom it is told when they end, or nil,
+-- deadline =, owner =, contended = somebody else had it, living = of whom it is told when they end, or nil,
 -- outcome = nil; true: granted; "busy", "timeout" or an error object }
 local Ticket = {}
 
@@ -154,7 +154,8 @@ end
 
 -- One more lock on what the link holds. False: it does not hold that any more.
 local function grant(turns, entry, ticket)
-  if not core.join(entry.link.conn, ticket.lock, core.now() - ticket.began) then return false end
+  local waited = ticket.contended and core.now() - ticket.began or 0
+  if not core.join(entry.link.conn, ticket.lock, waited) then return false end
   entry.holders = entry.holders + 1
   add(entry.owners, ticket.owner, 1)
   add(turns.locks_of, ticket.owner, 1)
@@ -302,6 +303,7 @@ local function tried(request, on, got, err, sent)
     if got and take(turns, entry, on, request.shared) then return end
     if not err then -- it is somebody else's
       end_tries(entry)
+      for _, one in ipairs(entry.queue) do one.contended = true end
       if first_of(entry) then return turns:wait_at_server(entry) end
     end
   end
@@ -461,10 +463,11 @@ end
 function Turns:release(lock)
   local id = core.standing(lock)
   if not id then return nil, "not held" end
-  local entry, conn = self.entries[id], core.connection_of(lock)
+  local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
   getmetatable(lock).__close(lock)
-  if self.options.release == "confirmed" and on and on.conn == conn and not on.over then
+  local is_sent = on and not on.over and entry.link ~= on -- and not handed on
+  if self.options.release == "confirmed" and is_sent and (not can_wait or can_wait()) then
     on.refused = nil
     on:call(core.scheduled.connection.ping)
     if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
@@ -488,16 +491,21 @@ local function leads_to(turns, me, entry, seen)
 end
 
 local function is_deadlock(turns, ticket)
-  return turns.locks_of[ticket.owner] and leads_to(turns, ticket.owner, ticket.entry, {})
+  return turns.settings.deadlocks and turns.locks_of[ticket.owner] and leads_to(turns, ticket.owner, ticket.entry, {})
 end
 
-function Turns:owner()
-  local co = coroutine.running() or self
-  if not self.numbers[co] then
-    self.owners = self.owners + 1
-    self.numbers[co] = self.owners
+-- living: a request's, or nil. nginx has the requests that come after one another use one coroutine.
+function Turns:owner(living)
+  local numbers, co = self.numbers, coroutine.running() or self
+  if living then
+    numbers[living] = numbers[living] or setmetatable({}, { __mode = "k" })
+    numbers = numbers[living]
   end
-  return self.numbers[co]
+  if not numbers[co] then
+    self.owners = self.owners + 1
+    numbers[co] = self.owners
+  end
+  return numbers[co]
 end
 
 -- ---- acquiring --------------------------------------------------------------------------
@@ -560,13 +568,12 @@ end
 ---@param timeout number  seconds; 0: it only tries
 ---@return true|"busy"|"timeout"|"deadlock"|pglocks.error outcome  true: the lock is held
 function Turns:acquire(lock, id, shared, timeout)
-  local now, owner = core.now(), self:owner()
-  local scheduler, entry = self.scheduler, entry_of(self, id)
+  local now, living = core.now(), self.scheduler.living and self.scheduler.living()
+  local owner, entry = self:owner(living), entry_of(self, id)
   if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
   local ticket = setmetatable({
     turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
-    deadline = now + (timeout > 0 and timeout or REPLY_TIMEOUT), owner = owner,
-    living = scheduler.living and scheduler.living(),
+    deadline = now + (timeout > 0 and timeout or REPLY_TIMEOUT), owner = owner, living = living,
   }, Ticket)
   if entry.state == "held" and shared and entry.shared and not entry.queue[1] and not entry.closing then
     if may_stay(self, entry) and grant(self, entry, ticket) then
@@ -580,6 +587,7 @@ function Turns:acquire(lock, id, shared, timeout)
   elseif entry.state and is_deadlock(self, ticket) then
     return "deadlock"
   end
+  ticket.contended = entry.state ~= nil
   entry.queue[#entry.queue + 1] = ticket
   self.wanted_by[owner] = ticket
   if ticket.living then ticket.living[ticket] = true end

@@ -17,15 +17,15 @@
 ---   else holds by then. The object can lock again at once.
 --- - Whoever waits stands in a queue, first come, first served: nobody polls, and `step`, `ratio` and
 ---   `max_step` make no difference.
---- - `unlock` waits for the server's answer, unless setup says `release = "deferred"`.
+--- - `unlock` waits for the server's answer where nginx can wait, unless setup says `release = "deferred"`.
 --- - Arguments of a wrong type, and unknown options, raise.
 ---
 --- A name in the dictionary `my_locks` is for others what `pglocks.key(name, { namespace = "my_locks",
 --- hash = "sha256" })` says.
 
 local core = require "pglocks.core"
+local locker = require "pglocks.locker"
 local opening = require "pglocks.connect"
-local pool = require "pglocks.pool"
 local scheduled = require "pglocks.scheduled"
 local semaphore = require "ngx.semaphore"
 
@@ -46,14 +46,10 @@ local LATE = 5 -- a look that is overdue for so long will never come
 local resty_pglocks = { _VERSION = "pglocks scm" }
 resty_pglocks.__index = resty_pglocks
 
--- What a dictionary's locks are owners of: anything with a `try_lock` that makes each lock an owner
--- of its own.
-local function open(keywords, options) return pool.new(keywords, options, options.scheduler) end
-
 -- ---- what ends holds --------------------------------------------------------------------
 
--- { lock = a pglocks.lock, guard =, ends_at =, has_expired = }. Its object alone refers to it, so that
--- it is collected with that.
+-- { lock = a pglocks.lock, ends_at =, has_expired = }. Its object alone refers to it, so that it is
+-- collected with that.
 local holds = setmetatable({}, { __mode = "k" })
 
 -- It may expire while `held` looks at the network.
@@ -61,14 +57,6 @@ local function is_held(hold) return hold ~= nil and hold.lock:held() and not hol
 
 -- Without waiting, from any request and in any phase.
 local function let_go(lock) getmetatable(lock).__close(lock) end
-
--- What lets go of the lock when it is collected: what the lock's own collection sends, nginx may not
--- send on before the request ends.
-local function new_guard(lock)
-  local guard = newproxy(true)
-  getmetatable(guard).__gc = function() let_go(lock) end
-  return guard
-end
 
 -- Returns when the next one ends. Never waits: none of the locks is of this request.
 local function end_expired()
@@ -155,33 +143,17 @@ function resty_pglocks.setup(name, described)
   if type(name) ~= "string" then
     core.raise_argument(1, ("name of a dictionary expected, got %s"):format(type(name)))
   end
-  local keywords, options = opening.describe(described, scheduled.default())
-  if not keywords then
-    core.raise_argument(2, options)
-  elseif not options.scheduler then
-    core.raise_argument(2, "option 'scheduler': the worker must not block")
-  end
+  local keywords, options = opening.describe(described, scheduled.default(), "locker")
+  local wrong = not keywords and options or locker.unsuited(options)
+  if wrong then core.raise_argument(2, wrong) end
   -- After `unlock` the key is free, also for one who tries once.
   options.release = options.release or "confirmed"
   dictionaries[name] = setmetatable({
-    keywords = keywords, options = options,
-    hashing = { hash = "sha256", namespace = name }, -- a key of another dictionary is another lock
+    -- A hold that ends by `exptime` may be waited for by its own light thread.
+    owner = locker.new(keywords, options, { deadlocks = false }),
+    hash = "sha256", namespace = name, -- a key of another dictionary is another lock
     holds = setmetatable({}, { __mode = "v" }), -- by key, the latest
   }, Dictionary)
-end
-
--- The lock, and how long somebody else had it; nil: he has it still.
-local function acquire(dict, key, timeout)
-  local began, hashing = core.now(), dict.hashing
-  dict.owner = dict.owner or open(dict.keywords, dict.options)
-  local lock = dict.owner:try_lock(key, hashing)
-  if lock then return lock, 0 end
-  local left = timeout - (core.now() - began)
-  if left <= 0 then return nil end
-  lock = dict.owner:try_lock(key, {
-    hash = hashing.hash, namespace = hashing.namespace, timeout = left,
-  })
-  return lock, core.now() - began
 end
 
 -- ---- lock objects -----------------------------------------------------------------------
@@ -241,25 +213,27 @@ function resty_pglocks.lock(self, key)
     return nil, "locked"
   end
   key = tostring(key)
-  local ok, lock, elapsed = pcall(acquire, self.dict, key, self.timeout)
+  local dict = self.dict
+  local ok, lock = pcall(dict.owner.try_lock, dict.owner, key, {
+    hash = dict.hash, namespace = dict.namespace, timeout = math.max(0, self.timeout),
+  })
   if not ok then
     return nil, tostring(lock)
   elseif not lock then
     return nil, "timeout"
   end
-  local hold = { lock = lock, guard = new_guard(lock) }
+  local hold = { lock = lock }
   -- Another light thread may have locked this object, meanwhile.
   local err = is_held(self.hold) and "locked" or select(2, keep(hold, self.exptime))
   if err then
     let_go(lock)
     return nil, err
   end
-  self.hold, self.dict.holds[key] = hold, hold
-  return elapsed
+  self.hold, dict.holds[key] = hold, hold
+  return lock.waited
 end
 
---- Ends the hold. In phases where nginx cannot wait, and in other requests, that costs a connection.
---- In log_by_lua nginx has ended the request already, and the hold with it: "lost".
+--- Ends the hold. In phases where nginx cannot wait that is only sent.
 ---
 ---     local ok, err = lock:unlock()
 ---@return 1|nil ok
@@ -271,12 +245,9 @@ function resty_pglocks.unlock(self)
   holds[hold] = nil
   local lock = hold.lock
   lock:held() -- hears of a loss; a release that is only sent would not
-  local ok, err = pcall(lock.release, lock)
-  if not ok and lock:held() then
-    let_go(lock) -- it only could not wait here
-  elseif not ok then
-    return nil, type(err) == "table" and tostring(err) or "lost"
-  end
+  local ok, released, err = pcall(lock.release, lock)
+  if not ok then return nil, tostring(released) end
+  if not released then return nil, err end
   return 1
 end
 

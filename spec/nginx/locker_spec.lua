@@ -47,7 +47,8 @@ local locations = {
 
   ["/wait"] = [[
     state.begun = state.begun + 1
-    local lock = pglocks.lock(ngx.var.arg_name or "x")
+    local ok, lock = pcall(pglocks.lock, ngx.var.arg_name or "x")
+    if not ok then error(tostring(lock)) end
     ngx.say(string.format("%.3f", lock.waited))
     lock:release()
   ]],

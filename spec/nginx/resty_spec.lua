@@ -715,8 +715,7 @@ false (seconds, at least 0, expected, got inf)
     end)
   end
 
-  -- In log nginx has closed the connections of the request.
-  for phase, unlocked in pairs { header_filter = "1 nil", body_filter = "1 nil", log = "nil lost" } do
+  for _, phase in ipairs { "header_filter", "body_filter", "log" } do
     local path = location { ([[
       content_by_lua_block {
         ngx.ctx.lock = require "resty.pglocks":new "locks"
@@ -737,7 +736,7 @@ false (seconds, at least 0, expected, got inf)
       local line = wait_until("its line in the log", function()
         return support.read(nginx.prefix .. "/error.log"):match("[^\n]* " .. phase .. ": [^\n]*")
       end)
-      assert.is_truthy(line:find(": " .. unlocked .. "; nil pglocks: nginx cannot wait in " .. phase, 1, true), line)
+      assert.is_truthy(line:find(": 1 nil; nil pglocks: nginx cannot wait in " .. phase, 1, true), line)
       wait_until_free "a"
     end)
   end

@@ -38,6 +38,8 @@ local CAN_WAIT = {
 
 local function can_wait() return CAN_WAIT[ngx.get_phase()] end
 
+scheduler.can_wait = can_wait
+
 local function check_phase()
   if can_wait() then return end
   error(("pglocks: nginx cannot wait in %s_by_lua: lock in rewrite, access, content or timer,"
