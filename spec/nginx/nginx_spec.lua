@@ -396,7 +396,7 @@ describe("nginx", function()
     local holders, gate = {}, support.connect():lock "gate"
     -- Two workers have a pool each: so enough requests for both.
     for i = 1, 8 do holders[i] = nginx:begin(("/hold?gate=gate&name=p%d&using=small"):format(i)) end
-    wait_until("some to hold", function() return waiting() >= 2 end)
+    wait_until("some to hold", function() return #pg_locks() - waiting() >= 3 end) -- with the gate
     local refused = 0
     for _ = 1, 12 do
       local body, status = nginx:get "/try?name=q&using=small"
