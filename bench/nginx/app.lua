@@ -86,10 +86,12 @@ local FULL, SHORTLY = "resource temporarily unavailable", 0.01
 
 --- settings: conninfo; path, or host and port; user, database; pool_size
 function app.setup(settings)
-  local databases = {}
-  for _, release in ipairs { "confirmed", "deferred" } do
+  local databases = { locker = { conninfo = settings.conninfo, timeout = 60 } }
+  add_pglocks "locker"
+  for _, release in ipairs { "confirmed", "deferred" } do -- with a connection for each lock
     databases[release] = {
       conninfo = settings.conninfo,
+      dedicated = true,
       release = release,
       pool_size = tonumber(settings.pool_size),
       timeout = 60, -- hundreds are opened at once
@@ -159,10 +161,16 @@ function app.samples()
   samples, released_at = {}, nil
 end
 
+local begun = 0
+
 function app.wait(name)
+  begun = begun + 1
   ways[name].hold(1, function() end)
   answer "done"
 end
+
+--- How many requests have begun to wait.
+function app.begun() answer(tostring(begun)) end
 
 -- Long enough for the observer to be in the queue of the lock.
 local LIVED = 0.03

@@ -1,4 +1,5 @@
---- make bench-nginx: locks inside nginx, pglocks beside the least that could do the same (a cosocket
+--- make bench-nginx: locks inside nginx, pglocks (through a locker; with a connection for each lock, released
+--- confirmed and deferred; blocking) beside the least that could do the same (a cosocket
 --- and two statements), and beside pgmoon where that is installed.
 ---
 ---     SHORT=1          one short round: it shows that all runs, and measures little
@@ -163,7 +164,7 @@ local PACKAGE_PATH = table.concat({
   "/usr/share/lua/5.1/?.lua", "/usr/share/lua/5.1/?/init.lua",
 }, ";")
 
-local WAYS = { "cosocket", "confirmed", "deferred", "blocking" }
+local WAYS = { "cosocket", "locker", "confirmed", "deferred", "blocking" }
 
 local function locations()
   local list = {}
@@ -179,7 +180,7 @@ local function locations()
       add(("die/%s/%s"):format(name, how), ("die(%q, %q)"):format(name, how))
     end
   end
-  for _, name in ipairs { "pid", "ping", "count", "samples", "died" } do add(name, name .. "()") end
+  for _, name in ipairs { "pid", "ping", "begun", "count", "samples", "died" } do add(name, name .. "()") end
   return table.concat(list, "\n    ")
 end
 
@@ -408,10 +409,10 @@ function parts.death()
   local rows = { { "", "", "samples", "p50 ms", "max ms" } }
   with_nginx(server_settings(), function(nginx)
     for _, how in ipairs { "exit", "error", "abort" } do
-      local found, ways = {}, { "cosocket", "deferred" }
+      local found, ways = {}, { "cosocket", "locker", "deferred" }
       for attempt = 1, 2 * wanted do
         for place = 1, #ways do
-          local name = ways[attempt % 2 == 0 and place or #ways + 1 - place]
+          local name = ways[(attempt + place) % #ways + 1]
           found[name] = found[name] or {}
           if #found[name] < wanted then
             found[name][#found[name] + 1] = time_of_death(nginx, name, how)
@@ -439,7 +440,7 @@ local function measure_waiting(name, waiting)
       clients = begin(nginx:load_command("wait/" .. name, waiting, 180, "-a"))
       wait_until("requests to wait", function()
         sleep(0.05)
-        return count_locks(1, false) >= waiting
+        return tonumber((nginx:get "begun")) >= waiting and count_locks(1, false) >= (name == "locker" and 1 or waiting)
       end)
     end
     local gathered = core.now() - began
@@ -470,7 +471,7 @@ function parts.waiting()
   end
   rows[2] = measure_waiting("deferred", 0)
   for _, waiting in ipairs(sizes) do
-    for _, name in ipairs { "cosocket", "deferred" } do
+    for _, name in ipairs { "cosocket", "locker", "deferred" } do
       rows[#rows + 1] = measure_waiting(name, waiting)
     end
   end
