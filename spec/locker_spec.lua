@@ -542,6 +542,27 @@ local function under(name, loop)
       got:release()
     end)
 
+    test("an upgrade waits for other holders, and for nothing when the lock is released", function()
+      local one, changed, err = locker(), nil, nil
+      local lock, other = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() changed = lock:upgrade { timeout = 5 } end)
+      assert.same({ nil, "busy" }, { one:try_lock("x", { shared = true }) }) -- nobody joins meanwhile
+      other:release()
+      wait_for("the upgrade", function() return changed end)
+      assert.is_true(lock:check())
+      lock:release()
+      lock, other = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() err = support.raised(lock.upgrade, lock, { timeout = 5 }) end)
+      lock:release()
+      other:release()
+      other = one:lock "x"
+      wait_for("the error", function() return err end)
+      assert.equal("not_held", err.code)
+      assert.is_true(other:check())
+      assert.same({ nil, "busy" }, { one:try_lock("x", { shared = true }) })
+      other:release()
+    end)
+
     test("draws tokens", function()
       support.with_fsync()
       local one = locker()

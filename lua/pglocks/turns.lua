@@ -16,7 +16,7 @@ local scheduled = require "pglocks.scheduled"
 core.own_source(debug.getinfo(1, "S").source)
 
 -- Seconds.
-local REPLY_TIMEOUT = 10 -- of one who does not wait
+local REPLY_TIMEOUT = 10 -- of one who does not wait, where the description does not say
 local LOOKS = 1 -- between two looks of one who waits
 local LEFT_ALONE = 4 -- without a look: his coroutine has ended, or this process was busy
 local GRACE = 0.1 -- at the end of a timeout, for what the server says itself
@@ -220,19 +220,24 @@ function Turns:choose(find)
   return found or self:may_open() and self:open_link() or nil
 end
 
--- For a try: the one that is about to let go of that key, or the first that has room, so that the others
--- stay free to wait.
+-- For a try: the one that is about to let go of that key; or the first that has room, so that the others
+-- stay free to wait, and rather one that has nothing to do.
 function Turns:choose_for(lock)
   return self:choose(function(links)
-    local best, roomy
+    local best, roomy, free
     for _, one in ipairs(links) do
       if not one.waiting then
         if lock and one:lets_go(lock) then return one end
-        if not roomy and one:load() < self.settings.locks_per_connection then roomy = one end
+        if one:load() < self.settings.locks_per_connection then
+          roomy = roomy or one
+          free = free or one.conn and one.doing == 0 and one
+        end
         if not best or one:load() < best:load() then best = one end
       end
     end
-    return roomy or not self:may_open() and best
+    -- What comes while one tries need not wait for two answers: for the next there is another one.
+    if roomy and roomy.conn and not free and not links[2] then self:open_link():wake() end
+    return free or roomy or not self:may_open() and best
   end)
 end
 
@@ -573,7 +578,7 @@ function Turns:acquire(lock, id, shared, timeout)
   if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
   local ticket = setmetatable({
     turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
-    deadline = now + (timeout > 0 and timeout or REPLY_TIMEOUT), owner = owner, living = living,
+    deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner, living = living,
   }, Ticket)
   if entry.state == "held" and shared and entry.shared and not entry.queue[1] and not entry.closing then
     if may_stay(self, entry) and grant(self, entry, ticket) then
@@ -626,25 +631,29 @@ function Turns:draw(lock)
   end)
 end
 
---- Changes the mode of a lock: by change(timeout), again and again, because nobody may wait on its link.
-function Turns:change(lock, timeout, change)
-  local entry = self.entries[core.identity(lock)]
-  if not entry then core.raise("not_held", "this lock is not held") end
-  local closing, deadline, pause, changed = entry.closing, core.now() + timeout, FIRST_PAUSE, nil
-  entry.closing = true -- nobody joins it meanwhile
+local function try_to_change(turns, entry, lock, deadline, change)
+  local pause = FIRST_PAUSE
   while true do
-    if entry.holders == 1 then
-      changed = call(self, lock, function() return change(ATTEMPT) end)
-    end
+    local changed = entry.holders == 1 and call(turns, lock, function() return change(ATTEMPT) end)
     local left = deadline - core.now()
-    if changed or left <= 0 then break end
-    self.scheduler.sleep(math.min(pause, left))
+    if changed or left <= 0 then return changed or nil end
+    turns.scheduler.sleep(math.min(pause, left))
     pause = math.min(pause * 2, LONGEST_PAUSE)
   end
-  if entry.state == "held" then
+end
+
+--- Changes the mode of a lock: by change(timeout), again and again, because nobody may wait on its link.
+function Turns:change(lock, timeout, change)
+  local entry = self.entries[core.standing(lock) or ""]
+  if not entry then core.raise("not_held", "this lock is not held") end
+  local closing = entry.closing
+  entry.closing = true -- nobody joins it meanwhile
+  local ok, changed = pcall(try_to_change, self, entry, lock, core.now() + timeout, change)
+  if entry.state == "held" and core.identity(lock) then
     entry.shared, entry.closing = lock.shared, closing
     hand_on(self, entry)
   end
+  if not ok then error(changed, 0) end
   return changed
 end
 
