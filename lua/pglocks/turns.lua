@@ -604,11 +604,13 @@ end
 -- ---- held locks -------------------------------------------------------------------------
 
 -- What the link's coroutine does about a held lock.
-local function call(turns, lock, fn, ...)
+local function entry_held_by(turns, lock)
   local id = core.standing(lock)
   if not id then core.raise("not_held", "this lock is not held") end
-  return turns.entries[id].link:call(fn, ...)
+  return turns.entries[id]
 end
+
+local function call(turns, lock, fn, ...) return entry_held_by(turns, lock).link:call(fn, ...) end
 
 -- In the place of a connection's check, which is check(lock, ...).
 function Turns:check(lock, check, ...)
@@ -631,10 +633,11 @@ function Turns:draw(lock)
   end)
 end
 
-local function try_to_change(turns, entry, lock, deadline, change)
+local function try_to_change(turns, lock, deadline, change)
   local pause = FIRST_PAUSE
   while true do
-    local changed = entry.holders == 1 and call(turns, lock, function() return change(ATTEMPT) end)
+    local is_alone = entry_held_by(turns, lock).holders == 1
+    local changed = is_alone and call(turns, lock, function() return change(ATTEMPT) end)
     local left = deadline - core.now()
     if changed or left <= 0 then return changed or nil end
     turns.scheduler.sleep(math.min(pause, left))
@@ -644,11 +647,10 @@ end
 
 --- Changes the mode of a lock: by change(timeout), again and again, because nobody may wait on its link.
 function Turns:change(lock, timeout, change)
-  local entry = self.entries[core.standing(lock) or ""]
-  if not entry then core.raise("not_held", "this lock is not held") end
+  local entry = entry_held_by(self, lock)
   local closing = entry.closing
   entry.closing = true -- nobody joins it meanwhile
-  local ok, changed = pcall(try_to_change, self, entry, lock, core.now() + timeout, change)
+  local ok, changed = pcall(try_to_change, self, lock, core.now() + timeout, change)
   if entry.state == "held" and core.identity(lock) then
     entry.shared, entry.closing = lock.shared, closing
     hand_on(self, entry)
