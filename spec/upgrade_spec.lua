@@ -440,7 +440,7 @@ describe("a lock that changes its mode", function()
     end)
 
     it("keeps its connection from the pool: " .. name, function()
-      pglocks.setup { databases = { default = { conninfo = support.conninfo, pool_size = 1 } },
+      pglocks.setup { databases = { default = { conninfo = support.conninfo, dedicated = true, pool_size = 1 } },
         scheduler = loop.scheduler }
       loop.run(function()
         local lock = pglocks.lock("x", { shared = true })
