@@ -74,6 +74,19 @@ function parts.scale(bar, found)
   end
 end
 
+function parts.locker(bar, found)
+  for _, row in ipairs(found.holding) do
+    bar(row.name .. ": connections for 1,000 locks", AT_MOST, 10, row.connections)
+  end
+  for _, row in ipairs(found.spread) do
+    bar(row.name .. ": a locker to connections, a key each", AT_LEAST, 4, row.ratio)
+  end
+  for _, row in ipairs(found.hot) do
+    bar(row.name .. ": a locker to connections, one key", AT_LEAST, 5, row.ratio)
+    bar(row.name .. ": p99 of another process's wait, ms", AT_MOST, 5, row.wait)
+  end
+end
+
 local function holds(relation, limit, measured)
   if relation == AT_LEAST then return measured >= limit end
   return measured <= limit

@@ -14,6 +14,13 @@ function candidates.of(name)
   return { name = name, command = COMMANDS[who], variant = variant }
 end
 
+--- bench/owners.lua on a runtime, with a variant of that.
+function candidates.owners(runtime, variant)
+  local program = table.move(COMMANDS[runtime], 1, 2, 1, {})
+  program[3] = "bench/owners.lua"
+  return { name = runtime .. " " .. variant, command = program, variant = variant }
+end
+
 --- The same of several names.
 function candidates.all(...)
   local list = {}

@@ -2,7 +2,7 @@
 --- leaves them as CSV in build/bench/.
 ---
 ---     SHORT=1     one round of everything: it shows that all runs, and measures little
----     ONLY=pairs  one part: pairs, network, contention, scale, memory
+---     ONLY=pairs  one part: pairs, network, contention, scale, memory, locker
 ---
 --- Machines are noisy: only ratios count, taken side by side. In a round each candidate has 25 ms in
 --- turn, in the next one backwards; a ratio is taken within a round, and of all rounds the median.
@@ -25,7 +25,7 @@ local bench = {
   short = (os.getenv "SHORT" or "") ~= "",
   conninfo = assert(os.getenv "PGLOCKS_TEST_CONNINFO", "no server: say `make bench`") .. PATIENCE,
   folder = assert(uv.fs_mkdtemp "/tmp/pglocks-bench.XXXXXX"), -- goes when all has been measured
-  parts = { "pairs", "network", "contention", "scale", "memory" },
+  parts = { "pairs", "network", "contention", "scale", "memory", "locker" },
   found = {}, -- by part, for the bars
 }
 
@@ -56,10 +56,19 @@ end
 
 local warned
 
-function bench.place(crew, placement)
-  if workers.place(crew, placement) or warned then return end
+function bench.warn_unless(placed)
+  if placed or warned then return end
   warned = true
   print "\nNOT PINNED, which needs taskset, two CPUs and the rights to it: these figures say little."
+end
+
+function bench.place(crew, placement) bench.warn_unless(workers.place(crew, placement)) end
+
+--- Calls fn while the server begins its processes on one CPU.
+function bench.with_server_on(cpu, fn)
+  bench.warn_unless(workers.place_server(observer.backend_pid, cpu))
+  fn()
+  workers.place_server(observer.backend_pid)
 end
 
 --- Calls fn while all of a crew wait for the lock that we hold. polls: they do not stand in the queue.

@@ -3,7 +3,7 @@
 ---
 --- A worker is called with a CONNINFO and a VARIANT, connects, and says
 ---
----     ready PID          of the server's process that serves it
+---     ready PID          of the server's process that serves it; 0: these are many
 ---
 --- Then it reads lines, and does pairs on the key 4242:
 ---
@@ -11,8 +11,8 @@
 ---     count N            exactly N
 ---
 --- It waits for what it has deferred, and answers with a line: pairs, seconds, seconds of CPU time (its
---- own, of user and system). It ends with its standard input. If it cannot work, it says why on its
---- standard error, and does not get ready.
+--- own, of user and system), and perhaps numbers of its own. It ends with its standard input. If it
+--- cannot work, it says why on its standard error, and does not get ready.
 
 local uv = require "luv"
 local numbers = require "bench.numbers"
@@ -113,13 +113,20 @@ end
 
 local PLACES = { same = { 0, 0 }, other = { 1, 1 }, cross = { 0, 1 } }
 
+--- Has the server begin its processes on this CPU, from now on; on any of them, without one.
+function workers.place_server(server_pid, cpu)
+  local postmaster = workers.shell("ps -o ppid= -p " .. server_pid):match "%d+"
+  local cpus = cpu or ("0-%d"):format(tonumber(workers.shell "nproc --all") - 1)
+  return workers.shell(("taskset -cp %s %s"):format(cpus, postmaster)):find "new affinity" ~= nil
+end
+
 --- Workers and their processes of the server: "same", all on one CPU; "cross", these on another one;
 --- "other": all on that. False where that is not possible: figures say little then.
 function workers.place(crew, placement)
   local placed = true
   for _, worker in ipairs(crew) do
-    placed = workers.pin(worker.pid, PLACES[placement][1])
-      and workers.pin(worker.server_pid, PLACES[placement][2]) and placed
+    placed = workers.pin(worker.pid, PLACES[placement][1]) and placed
+    if worker.server_pid > 0 then placed = workers.pin(worker.server_pid, PLACES[placement][2]) and placed end
   end
   return placed
 end
@@ -128,12 +135,15 @@ end
 
 function Worker:tell(command) self.stdin:write(command .. "\n") end
 
---- The answer to what it was told: { pairs =, seconds =, rate = pairs a second, cpu = seconds a pair }.
+--- The answer to what it was told: { pairs =, seconds =, rate = pairs a second, cpu = seconds a pair }, and
+--- as a list what else it says.
 function Worker:answer()
   local line = self:line()
-  local count, seconds, cpu = (line or ""):match "^(%d+) (%S+) (%S+)$"
+  local count, seconds, cpu, more = (line or ""):match "^(%d+) (%S+) (%S+)(.*)$"
   if not count then error(("%s has failed: %s"):format(self.name, line or self.complaint), 0) end
-  return { pairs = count + 0, seconds = seconds + 0, rate = count / seconds, cpu = cpu / count }
+  local answer = { pairs = count + 0, seconds = seconds + 0, rate = count / seconds, cpu = cpu / count }
+  for number in more:gmatch "%S+" do answer[#answer + 1] = tonumber(number) end
+  return answer
 end
 
 function Worker:ask(command)
