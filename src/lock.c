@@ -363,6 +363,7 @@ static void granted(struct session *s) {
 
 /* Of those that were tried each for itself. What a failed statement got before it failed is got. */
 static void got_some(struct session *s) {
+  s->op.lock->waited = monotonic_now() - s->op.started; /* from now on they are held */
   count_members(s, s->op.lock);
   s->op.lock->state = LOCK_HELD;
   finished(s, s->op.failure.code, s->op.failure.message);
