@@ -160,6 +160,7 @@ static void command_recycle(struct session *s, struct command *c) {
 /* Queues a command whose messages are being written; command_end sends it. */
 static struct command *command_begin(struct session *s) {
   struct command *c;
+  if (s->late.count > 0) command_late(s);
   if (s->pg == NULL) { /* lost since the operation was begun */
     if (s->op.kind != NULL && !s->op.done)
       operation_done(s, LOST, s->loss.sqlstate, "%s", s->loss.message);
@@ -409,6 +410,18 @@ void command_statement(struct session *s, enum verb verb, const struct chain *ch
                    : send_after(s)) &&
             (verb != VERB_UNLOCK || s->in_transaction || send_behind(s, c));
   command_end(s, c, written);
+}
+
+static void late_lands(struct session *s) {
+  for (struct holding *h = s->late.first; h != NULL; h = h->after[LEAVING]) h->releasing--;
+  s->late = (struct chain){.kind = LEAVING};
+  s->hasty = 0;
+}
+
+void command_late(struct session *s) {
+  struct chain chain = s->late;
+  late_lands(s);
+  if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
 }
 
 void command_token(struct session *s) {
@@ -731,6 +744,7 @@ bool commands_collect(struct session *s) {
 }
 
 void commands_drop(struct session *s) {
+  late_lands(s);
   while (s->oldest != NULL) {
     struct command *c = s->oldest;
     s->oldest = c->next;

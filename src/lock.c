@@ -12,6 +12,7 @@
 #define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
 #define MOST_KEYS 1000000 /* more than any server can lock */
 #define MOST_SLOTS 1000
+#define HASTY 4 /* releases in a row, each sent at once */
 #define PATIENTLY "pglocks patiently"
 #define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
 
@@ -1012,6 +1013,24 @@ static void release_now(struct session *s, struct lock *lock) {
   if (s->op.kind == NULL) notify_settle(s);
 }
 
+/* As release_now; but of many in a row, all but the first are sent together: by the next command, or by
+ * send_late. The first are not, because nobody knows how long the program keeps its event loop waiting. */
+static void release_late(struct session *s, struct lock *lock) {
+  const struct key *key = &lock->members[0].key;
+  struct chain *late = &s->late;
+  int before;
+  if (lock->count > 1 || s->hasty++ < HASTY) {
+    release_now(s, lock);
+    return;
+  }
+  if (late->count > 0 && ((size_t)late->count == s->packed_for || late->last->shared != lock->shared ||
+                          late->last->key.objsubid != key->objsubid))
+    command_late(s);
+  before = late->count;
+  lock_leave(s, lock, late);
+  if (late->count > before) late->last->releasing++;
+}
+
 /* The session must be free. */
 static void release_begin(struct session *s, struct lock *lock) {
   struct operation *op = &s->op;
@@ -1531,10 +1550,22 @@ static int exchange(lua_State *L) {
   return 1;
 }
 
-/* let_go(lock): as its collection does: only sends. */
+/* let_go(lock, late): as its collection does: only sends. late: perhaps only with the next command, or by
+ * send_late. */
 static int let_go_now(lua_State *L) {
   struct lock *lock = lock_check(L);
-  if (lock->state == LOCK_HELD) release_now(lock->session, lock);
+  if (lock->state != LOCK_HELD) return 0;
+  if (lua_toboolean(L, 2))
+    release_late(lock->session, lock);
+  else
+    release_now(lock->session, lock);
+  return 0;
+}
+
+/* send_late(conn): what was let go, and has not been sent. */
+static int send_late(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  if (!session_is_foreign(s)) command_late(s);
   return 0;
 }
 
@@ -1587,6 +1618,7 @@ static const luaL_Reg functions[] = {{"annotate", annotate},
                                      {"leaves", leaves},
                                      {"let_go", let_go_now},
                                      {"patiently", patiently},
+                                     {"send_late", send_late},
                                      {"standing", standing},
                                      {NULL, NULL}};
 

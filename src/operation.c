@@ -123,6 +123,7 @@ void operation_progress(struct session *s) {
   else if (s->state == SESSION_CONNECTING)
     op->kind->advance(s);
   else if (commands_collect(s)) {
+    command_late(s);
     cancel_look(s);
     give_up_on_lost_sync(s);
     if (s->cancel == NULL && op->unanswered == 0) {

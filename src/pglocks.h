@@ -267,6 +267,7 @@ bool command_reserve(struct session *s, size_t count);
 void command_statement(struct session *s, enum verb verb, const struct chain *chain,
                        const char *milliseconds, const char *comment);
 void command_guard(struct session *s, enum guard guard, const struct chain *chain);
+void command_late(struct session *s); /* releases that have been put off, which any other command sends too */
 void command_token(struct session *s);
 /* What is to be announced: whoever waits for one of the markers hears of it. Nobody waits for the answer.
  * Commands that end a lock, outside a transaction or with it, announce that themselves: so nothing of it is
@@ -397,6 +398,8 @@ struct session {
   size_t bucket_count, holding_count;
   unsigned long generations;
   int doubtful, settle_rounds;
+  struct chain late; /* let go, and not sent yet; they count as releasing */
+  int hasty;         /* releases since any of these were sent */
   struct cancel *cancel;    /* a cancel request under way */
   unsigned long operations; /* begun so far: the number of the one under way */
   uint64_t prepared;        /* a bit for each statement */

@@ -213,6 +213,7 @@ struct session *session_new(void) {
   s->watch_fd = s->wait_fd = s->timer_fd = s->pump_fd = -1;
   s->born = fork_generation;
   s->newest = &s->oldest;
+  s->late.kind = LEAVING;
   s->buckets = s->first_buckets;
   s->bucket_count = BUCKETS;
   s->packed = s->first_packed;

@@ -128,6 +128,7 @@ function Link:drive()
       self.doing = self.doing - 1
       job(self.conn)
     end
+    core.send_late(self.conn)
     core.connection.alive(self.conn) -- reads what has come, and tells of the loss
     if not requests and not job then
       if not self.scheduler.rest then break end

@@ -456,7 +456,7 @@ function Turns:on_end(on, lock)
       hand_on(self, entry)
     end
   end
-  core.let_go(lock)
+  core.let_go(lock, on.driven)
   if entry.holders > 0 then return end
   if entry.link then part(self, entry) end
   on:flush()

@@ -593,7 +593,12 @@ function core.patiently(fn) end
 
 --- Lets a lock go as its collection would: only sends.
 ---@param lock pglocks.lock
-function core.let_go(lock) end
+---@param late? boolean  of many in a row, most may wait for the next command, or for `send_late`
+function core.let_go(lock, late) end
+
+--- Sends what was let go and has not been sent.
+---@param conn pglocks.connection
+function core.send_late(conn) end
 
 --- Two locks of one connection on the same keys give each other what they hold, and their modes.
 ---@param lock pglocks.lock
