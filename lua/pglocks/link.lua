@@ -192,9 +192,6 @@ function Link:call(fn, ...)
   return unpack(results, 2, results.n)
 end
 
---- The keys that it holds, or may soon hold.
-function Link:load() return self.held + self.doing end
-
 --- Is it about to let go of the lock's key?
 function Link:lets_go(lock) return self.conn ~= nil and core.leaves(self.conn, lock) end
 

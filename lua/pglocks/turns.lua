@@ -65,7 +65,10 @@ local Ticket = {}
 local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
-    entry = { id = id, queue = {}, holders = 0 }
+    entry = { -- with room for all that it will know
+      id = id, queue = {}, holders = 0,
+      state = nil, link = nil, shared = nil, owners = nil, since = nil, handed = nil, closing = nil,
+    }
     turns.entries[id] = entry
   end
   return entry
@@ -212,42 +215,44 @@ function Turns:may_open()
   return #self.links < self.settings.max_connections and core.now() > self.no_other_until
 end
 
--- What find() returns, or a new link when that is false and there may be one. The loss of a link that
--- nobody drives shows here: then it is in the list no longer.
-function Turns:choose(find)
+-- What find(turns, about) returns, or a new link when that is false and there may be one. The loss of a
+-- link that nobody drives shows here: then it is in the list no longer.
+function Turns:choose(find, about)
   local found
-  repeat found = find(self.links) until not found or found.driven or found:is_alive()
+  repeat found = find(self, about) until not found or found.driven or found:is_alive()
   return found or self:may_open() and self:open_link() or nil
+end
+
+local function find_for(turns, lock)
+  local links, most = turns.links, turns.settings.locks_per_connection
+  local best, least, roomy, free
+  for _, one in ipairs(links) do
+    if not one.waiting then
+      local load = one.held + one.doing
+      if lock and one:lets_go(lock) then return one end
+      if load < most then
+        roomy = roomy or one
+        free = free or one.conn and one.doing == 0 and one
+      end
+      if not best or load < least then best, least = one, load end
+    end
+  end
+  -- What comes while one tries need not wait for two answers: for the next there is another one.
+  if roomy and roomy.conn and not free and not links[2] then turns:open_link():wake() end
+  return free or roomy or not turns:may_open() and best
 end
 
 -- For a try: the one that is about to let go of that key; or the first that has room, so that the others
 -- stay free to wait, and rather one that has nothing to do.
-function Turns:choose_for(lock)
-  return self:choose(function(links)
-    local best, roomy, free
-    for _, one in ipairs(links) do
-      if not one.waiting then
-        if lock and one:lets_go(lock) then return one end
-        if one:load() < self.settings.locks_per_connection then
-          roomy = roomy or one
-          free = free or one.conn and one.doing == 0 and one
-        end
-        if not best or one:load() < best:load() then best = one end
-      end
-    end
-    -- What comes while one tries need not wait for two answers: for the next there is another one.
-    if roomy and roomy.conn and not free and not links[2] then self:open_link():wake() end
-    return free or roomy or not self:may_open() and best
-  end)
-end
+function Turns:choose_for(lock) return self:choose(find_for, lock) end
 
 -- One that may wait: it holds nothing, and another one is left for tries. Nil: there is none.
 function Turns:choose_idle()
   local others
-  local found = self:choose(function(links)
+  local found = self:choose(function()
     local idle
     others = 0
-    for _, one in ipairs(links) do
+    for _, one in ipairs(self.links) do
       if not one.waiting then
         others = others + 1
         if one:is_idle() then idle = one end -- the last: tries go to the first
@@ -260,8 +265,8 @@ end
 
 -- One for tries, other than `on`. Nil: there is none.
 function Turns:choose_other(on)
-  return self:choose(function(links)
-    for _, one in ipairs(links) do
+  return self:choose(function()
+    for _, one in ipairs(self.links) do
       if one ~= on and not one.waiting then return one end
     end
   end)
@@ -579,6 +584,7 @@ function Turns:acquire(lock, id, shared, timeout)
   local ticket = setmetatable({
     turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
     deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner, living = living,
+    outcome = nil, looked_at = nil, token = nil, accepted = nil, -- room for these
   }, Ticket)
   if entry.state == "held" and shared and entry.shared and not entry.queue[1] and not entry.closing then
     if may_stay(self, entry) and grant(self, entry, ticket) then
