@@ -53,11 +53,11 @@ end
 
 -- What a coroutine waits by: { turns =, entry =, lock = a closed one, shared =, once = it only tries, began =,
 -- deadline =, owner =, contended = somebody else had it, living = of whom it is told when they end, or nil,
--- outcome = nil; true: granted; "busy", "timeout" or an error object }
+-- queued =, previous =, next = in the queue, outcome = nil; true: granted; "busy", "timeout" or an error object }
 local Ticket = {}
 
--- What is known of a key: { id =, queue = tickets, state =, link =, shared =, holders =, owners =, since =,
--- handed = }
+-- What is known of a key: { id =, first =, last = tickets of the queue, state =, link =, shared =, holders =,
+-- owners =, since =, handed = }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. `closing`: nobody
@@ -66,7 +66,7 @@ local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
     entry = { -- with room for all that it will know
-      id = id, queue = {}, holders = 0,
+      id = id, first = nil, last = nil, holders = 0,
       state = nil, link = nil, shared = nil, owners = nil, since = nil, handed = nil, closing = nil,
     }
     turns.entries[id] = entry
@@ -91,35 +91,58 @@ local function tell(ticket, outcome)
   if ticket.token then ticket.turns.scheduler.wake(ticket.token) end
 end
 
+-- Who queues: for ticket in following, entry do ... end
+local function following(entry, ticket)
+  if ticket then return ticket.next end
+  return entry.first
+end
+
+-- Before another one, or as the last.
+local function line_up(entry, ticket, before)
+  local previous = entry.last
+  if before then previous = before.previous end
+  ticket.queued, ticket.previous, ticket.next = true, previous, before
+  if previous then previous.next = ticket else entry.first = ticket end
+  if before then before.previous = ticket else entry.last = ticket end
+end
+
+local function step_out(entry, ticket)
+  local previous, after = ticket.previous, ticket.next
+  if previous then previous.next = after else entry.first = after end
+  if after then after.previous = previous else entry.last = previous end
+  ticket.queued, ticket.previous, ticket.next = false, nil, nil
+end
+
 -- The first who may still be there. One who was left out wrongly finds that when he looks, and comes back.
 local function first_of(entry)
-  local queue = entry.queue
-  local first = queue[1]
+  local first = entry.first
   while first and first.looked_at and first.looked_at + LEFT_ALONE < core.now() do
     first.left_out = true
-    table.remove(queue, 1)
-    first = queue[1]
+    step_out(entry, first)
+    first = entry.first
   end
   return first
 end
 
 local function come_back(ticket)
-  ticket.entry = entry_of(ticket.turns, ticket.entry.id)
-  local queue, place = ticket.entry.queue, 1
-  while queue[place] and queue[place].began < ticket.began do place = place + 1 end
-  table.insert(queue, place, ticket)
-  ticket.left_out = false
+  local entry = entry_of(ticket.turns, ticket.entry.id)
+  local before = entry.first
+  while before and before.began < ticket.began do before = before.next end
+  line_up(entry, ticket, before)
+  ticket.entry, ticket.left_out = entry, false
 end
 
-local function end_first(entry, outcome) tell(table.remove(entry.queue, 1), outcome) end
+local function finish(entry, ticket, outcome)
+  step_out(entry, ticket)
+  tell(ticket, outcome)
+end
 
 local function end_where(entry, applies, outcome)
-  for place = #entry.queue, 1, -1 do
-    local ticket = entry.queue[place]
-    if applies(ticket) then
-      table.remove(entry.queue, place)
-      tell(ticket, outcome)
-    end
+  local ticket = entry.first
+  while ticket do
+    local after = ticket.next
+    if applies(ticket) then finish(entry, ticket, outcome) end
+    ticket = after
   end
 end
 
@@ -139,13 +162,13 @@ local function refuse_first(entry, err)
   if type(err) == "table" then
     own = setmetatable({}, getmetatable(err))
     for name, value in pairs(err) do own[name] = value end
-    own.key = entry.queue[1].lock.key
+    own.key = entry.first.lock.key
   end
-  end_first(entry, own)
+  finish(entry, entry.first, own)
 end
 
 local function refuse_all(entry, err)
-  while entry.queue[1] do refuse_first(entry, err) end
+  while entry.first do refuse_first(entry, err) end
 end
 
 -- ---- holding ----------------------------------------------------------------------------
@@ -186,8 +209,7 @@ local function hand_on(turns, entry)
   while ticket and ticket.shared == entry.shared and (entry.shared or entry.holders == 0) and
     not entry.closing do
     if not grant(turns, entry, ticket) then return part(turns, entry) end
-    table.remove(entry.queue, 1)
-    tell(ticket, true)
+    finish(entry, ticket, true)
     ticket = first_of(entry)
   end
 end
@@ -297,7 +319,7 @@ end
 -- The link that was asked is over. sent: it had sent that; nobody knows more than the error.
 local function failed(turns, entry, ticket, on, err, sent)
   if sent then
-    if entry.queue[1] == ticket then refuse_first(entry, err) end
+    if entry.first == ticket then refuse_first(entry, err) end
   elseif not on.conn and #turns.links == 0 then
     refuse_all(entry, err) -- there is no server for any of them
   end
@@ -313,7 +335,7 @@ local function tried(request, on, got, err, sent)
     if got and take(turns, entry, on, request.shared) then return end
     if not err then -- it is somebody else's
       end_tries(entry)
-      for _, one in ipairs(entry.queue) do one.contended = true end
+      for one in following, entry do one.contended = true end
       if first_of(entry) then return turns:wait_at_server(entry) end
     end
   end
@@ -367,7 +389,7 @@ end
 -- For so long as anybody in the queue waits; which is looked at anew when that time is over.
 local function wait_for(conn, entry, ticket)
   local latest = 0
-  for _, one in ipairs(entry.queue) do latest = math.max(latest, one.deadline) end
+  for one in following, entry do latest = math.max(latest, one.deadline) end
   return core.scheduled.connection.try_lock(conn, ticket.lock.key, {
     shared = ticket.shared, timeout = math.max(0.001, latest - core.now()),
   })
@@ -527,7 +549,8 @@ function Ticket:__close()
   if self.living then self.living[self] = nil end
   if self.outcome == true then
     if not self.accepted then getmetatable(self.lock).__close(self.lock) end
-  elseif not self.outcome and remove(entry.queue, self) then
+  elseif not self.outcome and self.queued then
+    step_out(entry, self)
     self.outcome = "timeout"
     if entry.state == "waiting" and not first_of(entry) then
       entry.waits_on.cancelled = true
@@ -565,7 +588,7 @@ end
 
 -- Has nobody in the queue to stand behind who would have to let go first.
 local function all_share(entry)
-  for _, ticket in ipairs(entry.queue) do
+  for ticket in following, entry do
     if not ticket.shared then return false end
   end
   return true
@@ -583,10 +606,11 @@ function Turns:acquire(lock, id, shared, timeout)
   if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
   local ticket = setmetatable({
     turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
-    deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner, living = living,
-    outcome = nil, looked_at = nil, token = nil, accepted = nil, -- room for these
+    deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner,
+    living = living, contended = nil, outcome = nil, looked_at = nil, token = nil, accepted = nil,
+    queued = nil, previous = nil, next = nil,
   }, Ticket)
-  if entry.state == "held" and shared and entry.shared and not entry.queue[1] and not entry.closing then
+  if entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing then
     if may_stay(self, entry) and grant(self, entry, ticket) then
       entry.handed = entry.handed + 1
       return true
@@ -599,7 +623,7 @@ function Turns:acquire(lock, id, shared, timeout)
     return "deadlock"
   end
   ticket.contended = entry.state ~= nil
-  entry.queue[#entry.queue + 1] = ticket
+  line_up(entry, ticket)
   self.wanted_by[owner] = ticket
   if ticket.living then ticket.living[ticket] = true end
   self:advance(entry)
