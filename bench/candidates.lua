@@ -16,9 +16,8 @@ end
 
 --- bench/owners.lua on a runtime, with a variant of that.
 function candidates.owners(runtime, variant)
-  local program = table.move(COMMANDS[runtime], 1, 2, 1, {})
-  program[3] = "bench/owners.lua"
-  return { name = runtime .. " " .. variant, command = program, variant = variant }
+  local tool, version = COMMANDS[runtime][1], COMMANDS[runtime][2]
+  return { name = runtime .. " " .. variant, command = { tool, version, "bench/owners.lua" }, variant = variant }
 end
 
 --- The same of several names.

@@ -86,7 +86,8 @@ function kinds.competitor()
   local conn = pglocks.connect { conninfo = conninfo, scheduler = "blocking" }
   return {
     run = function(milliseconds)
-      local deadline, waits, now = core.now() + milliseconds / 1000, {}, nil
+      local deadline, waits = core.now() + milliseconds / 1000, {}
+      local now
       repeat
         local began = core.now()
         local lock = conn:lock(KEY + 1 % keys)
