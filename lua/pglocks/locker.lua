@@ -9,7 +9,7 @@ local turns = require "pglocks.turns"
 core.own_source(debug.getinfo(1, "S").source)
 
 -- What the options of the same names are, where they do not say.
-local DEFAULTS = { max_connections = 10, locks_per_connection = 100, handovers = 32, handover_time = 0.005 }
+local DEFAULTS = { max_connections = 10, locks_per_connection = 100, handovers = 128, handover_time = 0.002 }
 
 local TIMEOUT = 30 -- seconds, of `lock`: no server sees a deadlock between these owners and others
 

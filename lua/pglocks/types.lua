@@ -160,8 +160,8 @@
 --- of their own (10)
 ---@field max_connections? integer  of those, too: connections at most that owners share (10)
 ---@field locks_per_connection? integer  how many locks one holds until another one is opened (100)
----@field handovers? integer  how often a key is handed on inside the process, while others wait for it (32)
----@field handover_time? number  seconds for which it is, at most (0.005)
+---@field handovers? integer  how often a key is handed on inside the process, while others wait for it (128)
+---@field handover_time? number  seconds for which it is, at most (0.002)
 ---@field lease? number  seconds of silence after which the server ends the session (PostgreSQL 14)
 ---@field allow_standby? boolean
 ---@field pooled? "session"|"transaction"  what a connection pooler in between pools. "transaction": locks
