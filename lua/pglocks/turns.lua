@@ -378,7 +378,7 @@ local function probe(turns, entry, lock)
   local on = turns:choose_other(entry.link)
   if not on then
     entry.closing = true
-    return
+    return end_tries(entry)
   end
   entry.probe = { turns = turns, entry = entry, lock = lock, shared = true, done = probed }
   on:ask(entry.probe)
@@ -610,13 +610,12 @@ function Turns:acquire(lock, id, shared, timeout)
     living = living, contended = nil, outcome = nil, looked_at = nil, token = nil, accepted = nil,
     queued = nil, previous = nil, next = nil,
   }, Ticket)
-  if entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing then
+  local joins = entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing
+  if joins then
     if may_stay(self, entry) and grant(self, entry, ticket) then
       entry.handed = entry.handed + 1
       return true
     end
-    probe(self, entry, lock)
-    if ticket.once and entry.closing then return "busy" end
   elseif ticket.once and entry.state and not (entry.state == "asked" and shared and all_share(entry)) then
     return "busy"
   elseif entry.state and is_deadlock(self, ticket) then
@@ -626,6 +625,7 @@ function Turns:acquire(lock, id, shared, timeout)
   line_up(entry, ticket)
   self.wanted_by[owner] = ticket
   if ticket.living then ticket.living[ticket] = true end
+  if joins then probe(self, entry, lock) end -- its answer may be there at once
   self:advance(entry)
   if ticket.outcome then return leave(ticket) end
   return run(ticket, leave, wait, ticket)
