@@ -450,6 +450,31 @@ local function under(name, loop)
       got:release()
     end)
 
+    test("a coroutine that is closed while it asks for its lock leaves the connection to others", function()
+      if not coroutine.close or name == "cqueues" then return end
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, lock = locker { release = "confirmed" }, nil
+      local kept = one:lock "kept"
+      local pid = sessions()[1].pid
+      for _, method in ipairs { "check", "release", "upgrade" } do
+        lock = one:lock("x", { shared = true })
+        support.signal("STOP", pid)
+        local asking = loop.spawn(function() lock[method](lock) end)
+        loop.sleep(0.02)
+        assert.is_true(coroutine.close(asking()))
+        if loop.forget then loop.forget(asking()) end
+        loop.sleep(0.02)
+        support.signal("CONT", pid)
+        loop.sleep(0.02)
+        assert.is_true(kept:check())
+        close(lock)
+        lock = one:lock "x"
+        assert.is_true(lock:check())
+        lock:release()
+      end
+      kept:release()
+    end)
+
     -- ---- loss -----------------------------------------------------------------------------
 
     test("a lost connection loses its own locks alone", function()
@@ -512,6 +537,29 @@ local function under(name, loop)
       wait_for("the backend to end", function() return #sessions() == 0 end)
       local lock = one:lock "x"
       assert.is_true(lock:check())
+      lock:release()
+    end)
+
+    test("who needs another connection than one that waits hears why it cannot be opened", function()
+      local one, other, got = locker { max_connections = 2, timeout = 0.2 }, support.connect(), nil
+      local theirs = other:lock "x"
+      begin(function() got = one:lock "x" end)
+      wait_until_queued()
+      one:lock("y"):release()
+      local port = one.keywords.port
+      one.keywords.port = "1"
+      observe [[SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'locker'
+        AND wait_event_type IS DISTINCT FROM 'Lock']]
+      wait_for("the backend to end", function() return #sessions() == 1 end)
+      for _ = 1, 3 do
+        support.assert_code("connect", one.lock, one, "y")
+        support.assert_code("connect", one.try_lock, one, "y")
+      end
+      one.keywords.port = port
+      local lock = one:lock "y"
+      theirs:release()
+      wait_for("x", function() return got end)
+      got:release()
       lock:release()
     end)
 

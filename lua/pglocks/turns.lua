@@ -232,8 +232,17 @@ function Turns:open_link()
   return one
 end
 
+-- Is there one for tries, open or not yet?
+function Turns:has_free_link()
+  for _, one in ipairs(self.links) do
+    if not one.waiting then return true end
+  end
+  return false
+end
+
+-- Where all wait there always is room: one was left for tries, and that was lost.
 function Turns:may_open()
-  if #self.links == 0 then return true end
+  if not self:has_free_link() then return true end
   return #self.links < self.settings.max_connections and core.now() > self.no_other_until
 end
 
@@ -320,8 +329,8 @@ end
 local function failed(turns, entry, ticket, on, err, sent)
   if sent then
     if entry.first == ticket then refuse_first(entry, err) end
-  elseif not on.conn and #turns.links == 0 then
-    refuse_all(entry, err) -- there is no server for any of them
+  elseif not on.conn and not turns:has_free_link() then
+    refuse_all(entry, err) -- nobody can ask the server for any of them
   end
   turns:advance(entry)
 end
