@@ -147,7 +147,7 @@ end
 function scheduler.wake(token)
   token.woken = true
   local self = token.parked
-  if self and not self.over then self.timer:start(0, 0, function() resume(self, true) end) end
+  if self and not self.over and not self.closed then self.timer:start(0, 0, function() resume(self, true) end) end
 end
 
 return scheduler
