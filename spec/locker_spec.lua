@@ -413,6 +413,30 @@ local function under(name, loop)
       got:release()
     end)
 
+    test("a lock that is collected while its key is asked for is not the end of those who ask", function()
+      local scheduler = loop.spawning or require("pglocks.scheduler." .. loop.scheduler)
+      local collects = false
+      local one = locker { scheduler = setmetatable({
+        living = function()
+          if collects then collectgarbage() end
+        end,
+      }, { __index = scheduler }) }
+      local taken
+      loop.spawn(function()
+        one:lock "x"
+        taken = true
+      end)
+      wait_for("the lock", function() return taken end)
+      loop.sleep(0.01)
+      collects = true
+      local lock = one:lock("x", { timeout = 5 })
+      collects = false
+      assert.is_true(lock:check())
+      assert.same({ nil, "busy" }, { one:try_lock "x" })
+      lock:release()
+      wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+    end)
+
     test("a coroutine that is closed leaves the queue, and what it held is handed on", function()
       if not coroutine.close or name == "cqueues" then return end -- closes none of its coroutines
       local one, order = locker(), {}

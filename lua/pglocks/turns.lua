@@ -630,11 +630,13 @@ function Turns:acquire(lock, id, shared, timeout)
   elseif entry.state and is_deadlock(self, ticket) then
     return "deadlock"
   end
-  ticket.contended = entry.state ~= nil
+  -- What was collected since may have been the last lock on the key.
+  if self.entries[id] ~= entry then entry = entry_of(self, id) end
+  ticket.entry, ticket.contended = entry, entry.state ~= nil
   line_up(entry, ticket)
   self.wanted_by[owner] = ticket
   if ticket.living then ticket.living[ticket] = true end
-  if joins then probe(self, entry, lock) end -- its answer may be there at once
+  if joins and entry.state == "held" then probe(self, entry, lock) end -- its answer may be there at once
   self:advance(entry)
   if ticket.outcome then return leave(ticket) end
   return run(ticket, leave, wait, ticket)
