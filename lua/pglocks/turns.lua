@@ -158,13 +158,14 @@ end
 
 -- An error object of his own.
 local function refuse_first(entry, err)
-  local own = err
+  local ticket, own = entry.first, err
+  step_out(entry, ticket)
   if type(err) == "table" then
     own = setmetatable({}, getmetatable(err))
     for name, value in pairs(err) do own[name] = value end
-    own.key = entry.first.lock.key
+    own.key = ticket.lock.key
   end
-  finish(entry, entry.first, own)
+  tell(ticket, own)
 end
 
 local function refuse_all(entry, err)
