@@ -477,13 +477,16 @@ local function under(name, loop)
     test("a coroutine that is closed while it asks for its lock leaves the connection to others", function()
       if not coroutine.close or name == "cqueues" then return end
       if support.cannot_signal then return pending(support.cannot_signal) end
-      local one, lock = locker { release = "confirmed" }, nil
+      local one = locker { release = "confirmed" }
       local kept = one:lock "kept"
       local pid = sessions()[1].pid
-      for _, method in ipairs { "check", "release", "upgrade" } do
-        lock = one:lock("x", { shared = true })
+      for _, method in ipairs { "check", "release", "upgrade", "draw" } do
+        local lock = one:lock("x", { shared = true })
         support.signal("STOP", pid)
-        local asking = loop.spawn(function() lock[method](lock) end)
+        local asking = loop.spawn(function()
+          if method == "draw" then return one:lock("drawn", { token = true }) end
+          lock[method](lock)
+        end)
         loop.sleep(0.02)
         assert.is_true(coroutine.close(asking()))
         if loop.forget then loop.forget(asking()) end

@@ -669,6 +669,8 @@ end
 --- Draws a token for a lock that was just got.
 function Turns:draw(lock)
   call(self, lock, function(conn)
+    -- Who asked may have ended since; and without the key this would wait for it.
+    if not core.standing(lock) then core.raise("not_held", "this lock is not held") end
     local other = core.scheduled.connection.lock(conn, lock.key, { shared = lock.shared, token = true })
     core.exchange(lock, other)
     core.let_go(other)
