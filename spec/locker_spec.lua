@@ -675,6 +675,20 @@ local function under(name, loop)
 
     -- ---- release, close -------------------------------------------------------------------
 
+    test("release = \"confirmed\" goes on when its question is cancelled", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, released = locker { release = "confirmed" }, nil
+      local lock = one:lock "x"
+      local pid = sessions()[1].pid
+      support.signal("STOP", pid)
+      loop.spawn(function() released = { pcall(lock.release, lock) } end)
+      observe("SELECT pg_cancel_backend($1)", pid)
+      support.signal("CONT", pid)
+      wait_for("the release", function() return released end)
+      assert.same({ true, true }, released)
+      assert.same({}, pg_locks())
+    end)
+
     test("release = \"confirmed\" waits until the lock is free", function()
       local one = locker { release = "confirmed" }
       for _ = 1, 20 do

@@ -511,7 +511,11 @@ function Turns:release(lock)
   local is_sent = on and not on.over and entry.link ~= on -- and not handed on
   if self.options.release == "confirmed" and is_sent and (not can_wait or can_wait()) then
     on.refused = nil
-    on:call(core.scheduled.connection.ping)
+    local ok, err
+    repeat -- what a cancel hits is asked again
+      ok, err = pcall(on.call, on, core.scheduled.connection.ping)
+    until ok or err.code ~= "interrupted"
+    if not ok then error(err, 0) end
     if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
   end
   return true
