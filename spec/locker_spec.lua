@@ -643,6 +643,23 @@ local function under(name, loop)
       other:release()
     end)
 
+    test("an upgrade that fails lets others share as before", function()
+      local one, other = locker { handover_time = 100 }, support.connect { scheduler = loop.scheduler }
+      local lock, theirs, is_over = one:lock("x", { shared = true }), other:lock("x", { shared = true }), nil
+      loop.spawn(function()
+        theirs:upgrade { timeout = 10 }
+        is_over = true
+      end)
+      wait_for("their upgrade to wait", function() return support.is_waiting(other.backend_pid) end)
+      support.assert_code("deadlock", lock.upgrade, lock)
+      local got = one:lock("x", { shared = true, timeout = 1 })
+      assert.is_true(got:check())
+      got:release()
+      lock:release()
+      wait_for("their upgrade", function() return is_over end)
+      theirs:release()
+    end)
+
     test("draws tokens", function()
       support.with_fsync()
       local one = locker()

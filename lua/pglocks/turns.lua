@@ -699,7 +699,7 @@ function Turns:change(lock, timeout, change)
   local closing = entry.closing
   entry.closing = true -- nobody joins it meanwhile
   local ok, changed = pcall(try_to_change, self, lock, core.now() + timeout, change)
-  if entry.state == "held" and core.identity(lock) then
+  if entry.state == "held" and core.identity(lock) == entry.id then
     entry.shared, entry.closing = lock.shared, closing
     hand_on(self, entry)
   end
