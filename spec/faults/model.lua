@@ -20,6 +20,10 @@
 ---   close                       the session was closed
 ---   error ...                   something that must not happen
 ---
+--- Many owners may be on one session, each with one lock: such an owner is called "pidPID.OWNER" after the
+--- session's backend, and ends with whoever ends that, "strike pidPID". What they all leave behind, another
+--- owner is asked for, who has the tries and waits of theirs that failed.
+---
 --- Whoever strikes notes it before he does:
 ---
 ---   strike TARGET KIND          the end of the session TARGET, of all sessions of the process
@@ -52,7 +56,7 @@ local EVENTS = {
   seen = -1, lost = 0, interrupted = 0, close = 0, error = -1, strike = 2, recovered = 0, counter = 3,
 }
 local MODES = { exclusive = true, shared = true }
-local OUTCOMES = { busy = true, timeout = true, interrupted = true, deadlock = true }
+local OUTCOMES = { busy = true, timeout = true, interrupted = true, deadlock = true, lost = true }
 
 local function parse_line(line)
   local time, owner, event, rest = line:match "^(%d+%.?%d*) (%S+) (%l+) ?(.*)$"
@@ -83,7 +87,9 @@ local function in_order(a, b)
 end
 
 local function hits(target, owner)
-  return target == owner or owner:sub(1, #target + 1) == target .. "."
+  if target == owner or owner:sub(1, #target + 1) == target .. "." then return true end
+  local among = owner:match "^pid%d+%.(.*)$"
+  return among ~= nil and hits(target, among)
 end
 
 local function conflict(a, b)
@@ -163,6 +169,7 @@ function model.check(events)
   local read_by, wrote = {}, {}
   local counts = { readers_at_most = 0 }
   local next_doubt = 1
+  local has_struck = false -- anybody any session
 
   local function count(what) counts[what] = (counts[what] or 0) + 1 end
   local function wrong(e, why, other)
@@ -227,6 +234,7 @@ function model.check(events)
   function step.fail(e, _, section)
     if section.state ~= "invoked" then return wrong(e, "nobody asked for it", section.invoked) end
     if not OUTCOMES[e.words[4]] then return wrong(e, "no such outcome") end
+    if e.words[4] == "lost" and not has_struck then return wrong(e, "lost, and nobody struck") end
     section.state = "failed"
     count(e.words[4])
     return true
@@ -300,7 +308,7 @@ function model.check(events)
     if not owner.interrupted and holdings(owner) ~= "nothing" then
       return wrong(e, "it still holds " .. holdings(owner))
     end
-    if not owner.interrupted and owner.last.event ~= "seen" then
+    if not owner.interrupted and not e.owner:find "^pid" and owner.last.event ~= "seen" then
       return wrong(e, "it was not asked for what it leaves behind", owner.last)
     end
     over(owner)
@@ -311,6 +319,7 @@ function model.check(events)
 
   local function chaos(e)
     if e.event == "strike" then
+      has_struck = has_struck or e.words[2] == "terminate" or e.words[2] == "crash"
       count(e.words[2])
     elseif e.event == "counter" then
       local key, n, last = e.words[1], tonumber(e.words[2]), e.words[3]

@@ -1,5 +1,6 @@
 -- Proof of mutual exclusion: processes that contend for a few locks, while others strike them. What
--- must hold, spec/faults/model.lua says; what each process does, spec/faults/worker.lua.
+-- must hold, spec/faults/model.lua says; what each process does, spec/faults/worker.lua and, with
+-- many owners in a process, spec/faults/owners.lua.
 --
 -- `make stress ROUNDS=10000` is the long form. There the server itself is struck down too. A
 -- failure prints the seed, the lines of the histories that do not go together and what happened
@@ -12,7 +13,7 @@ local history = require "spec.faults.history"
 local model = require "spec.faults.model"
 
 local core, random = support.core, math.random
-local KEYS = { -205618829, { 7, -42 }, "some lock" } -- of worker.lua
+local KEYS = { -205618829, { 7, -42 }, "some lock" } -- of worker.lua and owners.lua
 
 local LONG = tonumber(os.getenv "PGLOCKS_STRESS_ROUNDS")
 local is_costly = support.slow >= 10 -- under valgrind, where a process takes seconds to start
@@ -49,7 +50,7 @@ function Stress:start(slot)
   local output = assert(uv.fs_open(self.folder .. "/output." .. p.name, "w", 384))
   p.handle, p.pid = assert(uv.spawn("sh", {
     args = { "-c", "exec " .. (os.getenv "PGLOCKS_TEST_LUA" or "lua") .. ' "$@"', "sh",
-      "spec/faults/worker.lua", p.name, self.folder, tostring(slot.left),
+      slot.worker, p.name, self.folder, tostring(slot.left),
       tostring(self.deadline), tostring(random(2 ^ 30)) },
     stdio = { 0, output, output },
   }, function(status, signal)
@@ -73,7 +74,7 @@ function Stress:bury(p)
     for _, key in ipairs(KEYS) do -- what it could not remove
       local set = self.folder .. "/inside." .. history.key(key)
       for name in lfs.dir(set) do
-        if name:sub(1, #p.name + 1) == p.name .. "." then os.remove(set .. "/" .. name) end
+        if name:gsub("^pid%d+%.", ""):sub(1, #p.name + 1) == p.name .. "." then os.remove(set .. "/" .. name) end
       end
     end
     self.graves[p.name] = core.now() + 12 * support.slow
@@ -128,16 +129,17 @@ end
 local strikes = {}
 
 -- A volley hits statements that are over at once, too: releases, and the guard itself.
-function strikes.cancel(self, _, session)
+function strikes.cancel(self, _, row)
   self.note("strike", "nobody", "cancel")
-  support.observe([[SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity, generate_series(1, $2::int)
-    WHERE application_name = $1]], session, random(2) == 1 and 1 or random(2, 300))
+  support.observe([[SELECT count(pg_cancel_backend(pid)) FROM pg_stat_activity, generate_series(1, $3::int)
+    WHERE pid = $1 AND application_name = $2]], row.pid, row.session, random(2) == 1 and 1 or random(2, 300))
 end
 
-function strikes.terminate(self, p, session)
+function strikes.terminate(self, p, row)
   if random(2) == 1 then pause(p) end
-  self.note("strike", session:match "%S+$", "terminate")
-  support.observe("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1", session)
+  self.note("strike", p.slot.shares and "pid" .. row.pid or row.session:match "%S+$", "terminate")
+  support.observe([[SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+    WHERE pid = $1 AND application_name = $2]], row.pid, row.session)
 end
 
 function strikes.kill(self, p)
@@ -147,6 +149,7 @@ function strikes.kill(self, p)
 end
 
 function strikes.interrupt(self, p)
+  if p.slot.shares then return strikes.kill(self, p) end -- which coroutine it met nobody would know
   if p.struck then return end -- the interpreter lets a second one kill it
   p.struck = true
   self.note("strike", p.name, "interrupt")
@@ -194,15 +197,17 @@ function Stress:strike()
     return
   end
   local p = self.processes[row.session:match "^stress (%d+%.%d+)"]
-  if p then strikes[self:deal()](self, p, row.session) end
+  if p then strikes[self:deal()](self, p, row) end
 end
 
 -- ---- a run ------------------------------------------------------------------------------
 
-function Stress:run(processes, rounds)
+--- workers: for each process, its program.
+function Stress:run(workers, rounds)
   self.deadline = core.now() + SECONDS
-  for number = 1, processes do
-    self:start { number = number, started = 0, left = math.ceil(rounds / processes) }
+  for number, worker in ipairs(workers) do
+    self:start { number = number, started = 0, left = math.ceil(rounds / #workers),
+      worker = "spec/faults/" .. worker .. ".lua", shares = worker == "owners" }
   end
   if LONG and not support.cannot_signal then self.next_crash = core.now() + 10 end
   while next(self.processes) or next(self.graves) do
@@ -262,12 +267,12 @@ end
 describe("mutual exclusion", function()
   after_each(support.finish)
 
-  it(("of %d processes that others strike, in %d rounds"):format(PROCESSES, ROUNDS), function()
+  local function prove(workers, rounds, must_happen)
     local seed = tonumber(os.getenv "PGLOCKS_STRESS_SEED") or os.time()
     math.randomseed(seed)
     local since = support.log()
     local stress = new_stress(seed)
-    local ran, err = pcall(stress.run, stress, PROCESSES, ROUNDS)
+    local ran, err = pcall(stress.run, stress, workers, rounds)
     stress:stop()
     local agreed, counts = pcall(stress.check, stress)
     if not (ran and agreed) then
@@ -283,9 +288,21 @@ describe("mutual exclusion", function()
     if since then assert.is_nil(since():find("you don't own", 1, true)) end
     assert.is_true((counts.grants or 0) > 0)
     if not LONG then return end
-    assert.is_true(counts.rounds >= ROUNDS, "not all rounds were done in time")
-    for _, what in ipairs { "timeout", "interrupted", "cancel", "terminate", "lost", "kill", "interrupt" } do
+    assert.is_true(counts.rounds >= rounds, "not all rounds were done in time")
+    for _, what in ipairs(must_happen) do
       assert.is_true((counts[what] or 0) > 0, "there was no: " .. what)
     end
+  end
+
+  it(("of %d processes that others strike, in %d rounds"):format(PROCESSES, ROUNDS), function()
+    local workers = {}
+    for i = 1, PROCESSES do workers[i] = "worker" end
+    prove(workers, ROUNDS, { "timeout", "interrupted", "cancel", "terminate", "lost", "kill", "interrupt" })
+  end)
+
+  it("of many owners in a process, on few connections, beside processes with one of their own", function()
+    local workers = { "owners", "owners", "worker", "owners", "worker" }
+    prove(workers, LONG or math.floor(2500 * support.size),
+      { "timeout", "deadlock", "cancel", "terminate", "lost", "kill" })
   end)
 end)

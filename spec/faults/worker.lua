@@ -6,10 +6,10 @@
 -- folder with a file for each section that is inside. Neither has any protection but the locks.
 
 local cqueues = require "cqueues"
-local lfs = require "lfs"
 local pglocks = require "pglocks"
 local support = require "spec.support"
 local history = require "spec.faults.history"
+local protected = require "spec.faults.protected"
 
 local core = support.core
 local random = math.random
@@ -18,6 +18,7 @@ local process, folder, rounds, deadline, seed = ...
 rounds, deadline = tonumber(rounds), tonumber(deadline)
 math.randomseed(tonumber(seed))
 
+local forms, FORMS = protected.forms, protected.FORMS
 local KEYS = { -205618829, { 7, -42 }, "some lock" }
 
 local write = history.writer(folder .. "/history." .. process)
@@ -47,104 +48,6 @@ local function persist(fn, ...)
     if code_of(result) ~= "interrupted" then error(result, 0) end
   end
 end
-
--- ---- what is protected ------------------------------------------------------------------
-
--- A rename replaces it as a whole: what a process that was killed, or that no longer holds the
--- lock, leaves there is old or new, but never half.
-local function write_counter(key, count, section)
-  local name = ("%s/new.%s"):format(folder, process)
-  local file = assert(io.open(name, "w"))
-  file:write(("%d %s"):format(count, section))
-  file:close()
-  assert(os.rename(name, folder .. "/counter." .. key))
-end
-
-local function read_counter(key)
-  local count, section = support.read(folder .. "/counter." .. key):match "^(%d+) (%S+)$"
-  return tonumber(count), section
-end
-
--- Who else is inside? Everybody leaves a mark first, so that of two the later one sees the other.
-local function look_around(n, key, mine)
-  for name in lfs.dir(folder .. "/inside." .. key) do
-    if name:sub(1, 1) ~= "." and name ~= mine then note("met", n, key, name) end
-  end
-end
-
-local function pause(session)
-  local long = random(8)
-  if long == 1 then session.sleep(random() * 0.004) elseif long < 5 then session.sleep(0) end
-end
-
--- The part that must be alone, or among readers.
-local function work(session, n, key, shared)
-  local section = owner .. "#" .. n
-  local mark = ("%s/inside.%s/%s"):format(folder, key, section)
-  assert(io.open(mark, "w")):close()
-  look_around(n, key, section)
-  local count, record = read_counter(key)
-  pause(session)
-  if not shared then
-    note("read", n, key, count, record)
-    write_counter(key, count + 1, section)
-    record = section
-  end
-  pause(session)
-  local _, last = read_counter(key)
-  if last ~= record then note("met", n, key, last) end
-  assert(os.remove(mark))
-end
-
--- ---- ways to lock -----------------------------------------------------------------------
-
--- Each calls fn(lock) while holding it. Returns true, or "busy" or "timeout"; raises.
-local forms = {}
-
-function forms.lock(conn, key, options, fn)
-  local lock = conn:lock(key, options)
-  fn(lock)
-  assert(lock:release() == true)
-  assert(not lock:held())
-  return true
-end
-
-function forms.try_lock(conn, key, options, fn)
-  local lock, why = conn:try_lock(key, options)
-  if not lock then return why end
-  fn(lock)
-  assert(lock:release() == true)
-  return true
-end
-
-function forms.with_lock(conn, key, options, fn)
-  return conn:with_lock(key, options, function(lock)
-    fn(lock)
-    return true
-  end)
-end
-
-function forms.try_with_lock(conn, key, options, fn)
-  local ran, why = conn:try_with_lock(key, options, fn)
-  return ran or why
-end
-
-local SCOPE = [[
-  local conn, key, options, fn = ...
-  local lock <close> = conn:lock(key, options)
-  fn(lock)
-  return true
-]]
--- LuaJIT cannot parse it: there a scope's end is called by hand.
-forms.scope = _VERSION >= "Lua 5.4" and assert(load(SCOPE)) or function(conn, key, options, fn)
-  local lock = conn:lock(key, options)
-  local ok, err = pcall(fn, lock)
-  getmetatable(lock).__close(lock)
-  if not ok then error(err, 0) end
-  return true
-end
-
-local FORMS = { "lock", "try_lock", "with_lock", "try_with_lock", "scope" }
 
 -- ---- rounds -----------------------------------------------------------------------------
 
@@ -188,7 +91,7 @@ local function round(session, depth)
   local function inside(lock)
     note("grant", n, name, mode)
     granted = true
-    work(session, n, name, shared)
+    protected.work({ folder = folder, process = process }, session.sleep, note, owner, n, name, shared)
     -- A lock inside another one: of the same owner, to be counted, or of another key.
     if depth < 2 and random(6) == 1 then round(session, depth + 1) end
     if random(8) == 1 then look(session) end
