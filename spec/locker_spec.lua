@@ -530,6 +530,28 @@ local function under(name, loop)
       assert.equal(1, #told)
     end)
 
+    test("500 locks are lost with their connection, and told of once", function()
+      local told, locks = {}, {}
+      local one = locker {
+        locks_per_connection = 500,
+        on_lost = function(_, _, lost) told[#told + 1] = lost end,
+      }
+      for i = 1, 501 do locks[i] = one:lock(i) end
+      observe("SELECT pg_terminate_backend($1)", sessions()[1].pid)
+      wait_for("on_lost", function() return told[1] end)
+      local keys = {}
+      for _, lock in ipairs(told[1]) do keys[tostring(lock.key)] = lock.count end
+      for i = 1, 500 do
+        assert.equal(1, keys[tostring(locks[i].key)])
+        assert.is_false(locks[i]:held())
+      end
+      assert.equal(500, #told[1])
+      assert.is_true(locks[501]:check())
+      for i = 1, 500 do one:lock(i):release() end
+      locks[501]:release()
+      assert.equal(1, #told)
+    end)
+
     test("who waits for a lost holder gets the key on another connection", function()
       local one, got = locker(), nil
       local lock = one:lock "x"
@@ -756,6 +778,43 @@ local function under(name, loop)
       assert.is_true(#sessions() <= 10)
       for _, lock in ipairs(locks) do lock:release() end
       wait_for("all locks to be free", function() return #pg_locks() == 0 end)
+    end)
+
+    -- (x1 + x2 + ...)^2 / n (x1^2 + x2^2 + ...): 1 when all have got the same.
+    local function jain(counts)
+      local sum, squares = 0, 0
+      for _, count in ipairs(counts) do sum, squares = sum + count, squares + count ^ 2 end
+      return sum ^ 2 / (#counts * squares)
+    end
+
+    test("turns are fair among coroutines and among lockers, whoever shares", function()
+      local all, turns, over, finished = { locker(), locker(), locker() }, { {}, {}, {} }, false, 0
+      for l, one in ipairs(all) do
+        for i = 1, 8 do
+          turns[l][i] = 0
+          loop.spawn(function()
+            while not over do
+              local lock = one:lock("x", { shared = i % 4 == 0 })
+              turns[l][i] = turns[l][i] + 1
+              loop.sleep(0.001)
+              lock:release()
+            end
+            finished = finished + 1
+          end)
+        end
+      end
+      loop.sleep(1 * support.slow)
+      over = true
+      wait_for("all", function() return finished == 24 end)
+      local sums, said = {}, ""
+      for l, counts in ipairs(turns) do
+        sums[l] = 0
+        for _, count in ipairs(counts) do sums[l] = sums[l] + count end
+        said = said .. (" %.3f"):format(jain(counts))
+        assert.is_true(jain(counts) > 0.7, "coroutines:" .. said)
+      end
+      assert.is_true(jain(sums) > 0.7, "lockers: " .. jain(sums))
+      print(("  Jain's index: of lockers %.3f, of coroutines%s"):format(jain(sums), said))
     end)
 
     test("owners of few keys exclude each other", function()

@@ -86,6 +86,23 @@ describe("the model of advisory locks", function()
     assert.equal(2, allows(killed_server .. "8 c seen nothing | nothing\n9 c close\n").lost)
   end)
 
+  -- Two owners on the session 7, and one on the session 8, of the process p.1.
+  local function of_many(...)
+    return history("1 p.1.1 open 0", "2 pid7.p.1.1.x1 open 7", "2 pid7.p.1.1.x2 open 7", "2 pid8.p.1.1.x3 open 8",
+      "3 pid7.p.1.1.x1 invoke 1 x exclusive", "4 pid7.p.1.1.x1 grant 1 x exclusive",
+      "4 pid7.p.1.1.x2 invoke 1 x exclusive", "4 pid8.p.1.1.x3 invoke 1 x exclusive", ...)
+  end
+
+  local end_of_many = history("9 pid8.p.1.1.x3 close", "9 p.1.1 invoke 1 y shared", "9.1 p.1.1 fail 1 y shared lost",
+    "9.2 p.1.1 seen nothing | nothing", "9.3 p.1.1 close")
+
+  it("allows owners of one session to be lost with it, and no others", function()
+    local counts = allows(of_many("5 - strike pid7 terminate", "6 pid8.p.1.1.x3 grant 1 x exclusive",
+      "7 pid7.p.1.1.x1 lost", "7 pid7.p.1.1.x2 lost", "8 pid8.p.1.1.x3 release 1 x exclusive") .. end_of_many)
+    assert.equal(3, counts.lost) -- two owners, and the call
+    assert.equal(4, allows(of_many "5 - strike p.1 kill").cut_short)
+  end)
+
   -- What is wrong, and what the model says of it.
   for case, wrong in pairs {
     ["two writers at a time: both are inside"] = after_one(
@@ -134,6 +151,11 @@ describe("the model of advisory locks", function()
     ["a session that goes on after its loss: it has ended"] =
       unaware:gsub("9 a lost", "5 a lost\n9 a invoke 2 x shared"),
     ["a session that is not asked for what it left: was not asked"] = without(between(), "90 a seen nothing | nothing"),
+    ["two owners on one session to be alone: both are inside"] = of_many("5 pid7.p.1.1.x2 grant 1 x exclusive"),
+    ["an owner to be lost with another session: nobody struck it"] =
+      of_many("5 - strike pid8 terminate", "6 pid7.p.1.1.x1 lost"),
+    ["a call to be lost, and no session: nobody struck"] =
+      history("1 p.1.1 open 0", "2 p.1.1 invoke 1 y shared", "3 p.1.1 fail 1 y shared lost"),
     ["a session that does not end: did not end"] = without(between(), "90 a close"),
     ["a line that was torn: not a line"] = between("3 a invo", "ke 1 x exclusive"),
   } do
