@@ -665,6 +665,24 @@ local function under(name, loop)
       other:release()
     end)
 
+    test("nobody joins those who share while one of them waits to be alone", function()
+      local one, alone, why, later = locker { handover_time = 100 }, nil, nil, {}
+      local lock, other = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() alone = lock:upgrade { timeout = 10 } end)
+      begin(function() later[1] = one:lock("x", { shared = true }) end)
+      begin(function() why = select(2, one:try_lock("x", { timeout = 0.05 })) end)
+      begin(function() later[2] = one:lock("x", { shared = true }) end)
+      wait_for("who gave up", function() return why end)
+      assert.same({}, later)
+      other:release()
+      wait_for("the upgrade", function() return alone end)
+      assert.same({}, later)
+      lock:release()
+      wait_for("the others", function() return later[1] and later[2] end)
+      later[1]:release()
+      later[2]:release()
+    end)
+
     test("an upgrade that fails lets others share as before", function()
       local one, other = locker { handover_time = 100 }, support.connect { scheduler = loop.scheduler }
       local lock, theirs, is_over = one:lock("x", { shared = true }), other:lock("x", { shared = true }), nil
