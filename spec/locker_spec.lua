@@ -345,6 +345,8 @@ local function under(name, loop)
 
     test("opens another connection for more locks than one shall hold", function()
       local one, locks = locker { locks_per_connection = 10, max_connections = 3 }, {}
+      for i = 1, 25 do one:lock(i):release() end
+      assert.equal(1, #sessions())
       for i = 1, 25 do locks[i] = one:lock(i) end
       assert.equal(3, #sessions())
       for i = 26, 60 do locks[i] = one:lock(i) end

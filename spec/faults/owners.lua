@@ -159,7 +159,8 @@ end
 local function leave(session, section, how)
   if not session.open[section] then return end
   session.open[section] = nil
-  session:count(section, -1, how == "dropped")
+  -- (In another mode than it was asked for it is held until its release, which may be told of the loss.)
+  session:count(section, -1, how == "dropped" or section.n > 1)
   if how == "lost" then
     write(nil, section.owner, "lost")
   else

@@ -302,7 +302,7 @@ describe("mutual exclusion", function()
 
   it("of many owners in a process, on few connections, beside processes with one of their own", function()
     local workers = { "owners", "owners", "worker", "owners", "worker" }
-    prove(workers, LONG or math.floor(2500 * support.size),
+    prove(workers, LONG or math.floor(2000 * support.size),
       { "timeout", "deadlock", "cancel", "terminate", "lost", "kill" })
   end)
 end)
