@@ -261,6 +261,30 @@ local function under(name, loop)
       later:release()
     end)
 
+    test("shares again when the other session has given up", function()
+      local one, other = locker { handovers = 0 }, support.connect { scheduler = loop.scheduler }
+      local lock, why, later = one:lock("x", { shared = true }), nil, nil
+      loop.spawn(function() why = select(2, other:try_lock("x", { timeout = 0.5 })) end)
+      wait_for("the other one to wait", function() return support.is_waiting(other.backend_pid) end)
+      begin(function() later = one:lock("x", { shared = true }) end)
+      support.assert_code("deadlock", one.lock, one, "x", { shared = true }) -- behind who waits for this one
+      assert.is_nil(later)
+      wait_for("the later one", function() return later end)
+      assert.equal("timeout", why)
+      assert.is_true(lock:check())
+      lock:release()
+      later:release()
+    end)
+
+    test("two who try to share past the bound both get it", function()
+      local one, got = locker { handovers = 0 }, {}
+      local lock = one:lock("x", { shared = true })
+      for i = 1, 2 do loop.spawn(function() got[i] = one:try_lock("x", { shared = true }) or "busy" end) end
+      wait_for("both", function() return got[1] and got[2] end)
+      assert.is_true(got[1]:held() and got[2]:held())
+      lock:release()
+    end)
+
     test("shares on past the bound when nobody else waits", function()
       local one = locker { handovers = 0 }
       local first = one:lock("x", { shared = true })
@@ -294,6 +318,20 @@ local function under(name, loop)
       got:release()
       lock:release()
       kept:release()
+    end)
+
+    test("never waits on a connection that holds a lock", function()
+      local one, other = locker { locks_per_connection = 1 }, support.connect()
+      local theirs, a, b = other:lock "x", one:lock "a", one:lock "b"
+      local got
+      loop.spawn(function() got = one:lock "x" end)
+      wait_until_queued()
+      for _, lock in ipairs(pg_locks()) do
+        if not lock.granted then assert.equal(1, #pg_locks(lock.pid)) end
+      end
+      theirs:release()
+      wait_for("the lock", function() return got end)
+      for _, lock in ipairs { a, b, got } do lock:release() end
     end)
 
     test("is one waiter to the server, however many wait", function()
@@ -336,6 +374,7 @@ local function under(name, loop)
       assert.equal(2, #sessions())
       local free = one:lock "z" -- one connection is always left for tries
       free:release()
+      assert.equal(2, #sessions())
       y:release() -- nobody waits for it at the server
       wait_for("y", function() return got[1] end)
       assert.same({ "y" }, got)
@@ -757,6 +796,16 @@ local function under(name, loop)
       end
     end)
 
+    test("who was given a lock in the moment of closing does not have it", function()
+      local one, err = locker(), nil
+      local lock = one:lock "x"
+      begin(function() err = support.raised(one.lock, one, "x") end)
+      lock:release() -- to that one, which has not heard of it yet
+      close(one)
+      wait_for("the error", function() return err end)
+      assert.equal("closed", err.code)
+    end)
+
     test("closing frees the locks, and ends the waits", function()
       local one, other, codes = locker(), support.connect(), {}
       local theirs = other:lock "y"
@@ -795,7 +844,7 @@ local function under(name, loop)
       for i = 1, 1000 do loop.spawn(function() table.insert(locks, (one:lock(i))) end) end
       wait_for("all", function() return #locks == 1000 end)
       assert.equal(1000, #pg_locks())
-      assert.is_true(#sessions() <= 10)
+      wait_for("ten sessions", function() return #sessions() <= 10 end) -- those of other tests may be ending
       for _, lock in ipairs(locks) do lock:release() end
       wait_for("all locks to be free", function() return #pg_locks() == 0 end)
     end)

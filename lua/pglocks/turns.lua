@@ -24,6 +24,8 @@ local FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25 -- between two tries, without a li
 local NO_OTHER = 1 -- after a link could not be opened, until another one is tried
 local ATTEMPT = 0.001 -- of an upgrade, on a link that others need
 
+local CROWD = 16 -- tries on one link that are better sent together than on two
+
 ---@class pglocks.turns
 local Turns = {}
 Turns.__index = Turns
@@ -60,8 +62,8 @@ local Ticket = {}
 -- owners =, since =, handed = }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
--- since then, and handed on so many times; owners: how many of them are each owner's. `closing`: nobody
--- joins the holders any more.
+-- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
+-- the holders any more, because "others" wait for it elsewhere, or because of an "upgrade"; or false.
 local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
@@ -269,7 +271,9 @@ local function find_for(turns, lock)
       if not best or load < least then best, least = one, load end
     end
   end
-  -- What comes while one tries need not wait for two answers: for the next there is another one.
+  -- What comes while one tries need not wait for two answers: for the next there is another one. But many go
+  -- faster together.
+  if roomy and roomy.doing >= CROWD then return roomy end
   if roomy and roomy.conn and not free and not links[2] then turns:open_link():wake() end
   return free or roomy or not turns:may_open() and best
 end
@@ -324,6 +328,25 @@ function Turns:on_lost(err, locks)
   if self.tell_loss and (#locks > 0 or err.key) then self.tell_loss(err, locks) end
 end
 
+-- ---- deadlocks --------------------------------------------------------------------------
+
+-- Does a holder of the key wait for `me`? Those in its queue wait for nothing but the holders.
+local function leads_to(turns, me, entry, seen)
+  if seen[entry] or not entry.owners then return false end
+  seen[entry] = true
+  for owner in pairs(entry.owners) do
+    local wanted = turns.wanted_by[owner]
+    if owner == me or (wanted and not wanted.outcome and leads_to(turns, me, wanted.entry, seen)) then
+      return true
+    end
+  end
+  return false
+end
+
+local function is_deadlock(turns, ticket)
+  return turns.settings.deadlocks and turns.locks_of[ticket.owner] and leads_to(turns, ticket.owner, ticket.entry, {})
+end
+
 -- ---- asking the server ------------------------------------------------------------------
 
 -- The link that was asked is over. sent: it had sent that; nobody knows more than the error.
@@ -367,8 +390,14 @@ function Turns:advance(entry)
   }
 end
 
--- Others may wait for a key that is shared here: then who comes later has to stand behind them. They do if
--- another session cannot share it now.
+-- Others wait for a key that is shared here: who comes later has to stand behind them.
+local function close(turns, entry)
+  entry.closing = entry.closing or "others"
+  end_tries(entry)
+  end_where(entry, function(ticket) return is_deadlock(turns, ticket) end, "deadlock")
+end
+
+-- Do others wait for a key that is shared here? If another session cannot share it now.
 local function probed(request, on, got)
   local turns, entry = request.turns, request.entry
   if entry.probe ~= request then return end
@@ -376,20 +405,18 @@ local function probed(request, on, got)
   if entry.state ~= "held" then return end
   if got and core.holds(on.conn, request.lock.key) then
     entry.since, entry.handed = core.now(), 0
+    if entry.closing == "others" then entry.closing = false end
     hand_on(turns, entry)
+    turns:advance(entry)
   else
-    entry.closing = true
-    end_tries(entry)
+    close(turns, entry)
   end
 end
 
 local function probe(turns, entry, lock)
   if entry.probe then return end
   local on = turns:choose_other(entry.link)
-  if not on then
-    entry.closing = true
-    return end_tries(entry)
-  end
+  if not on then return close(turns, entry) end
   entry.probe = { turns = turns, entry = entry, lock = lock, shared = true, done = probed }
   on:ask(entry.probe)
 end
@@ -521,24 +548,7 @@ function Turns:release(lock)
   return true
 end
 
--- ---- deadlocks --------------------------------------------------------------------------
-
--- Does a holder of the key wait for `me`? Those in its queue wait for nothing but the holders.
-local function leads_to(turns, me, entry, seen)
-  if seen[entry] or not entry.owners then return false end
-  seen[entry] = true
-  for owner in pairs(entry.owners) do
-    local wanted = turns.wanted_by[owner]
-    if owner == me or (wanted and not wanted.outcome and leads_to(turns, me, wanted.entry, seen)) then
-      return true
-    end
-  end
-  return false
-end
-
-local function is_deadlock(turns, ticket)
-  return turns.settings.deadlocks and turns.locks_of[ticket.owner] and leads_to(turns, ticket.owner, ticket.entry, {})
-end
+-- ---- acquiring --------------------------------------------------------------------------
 
 -- living: a request's, or nil. nginx has the requests that come after one another use one coroutine.
 function Turns:owner(living)
@@ -554,8 +564,6 @@ function Turns:owner(living)
   return numbers[co]
 end
 
--- ---- acquiring --------------------------------------------------------------------------
-
 -- The call is over, or the coroutine has ended while it waited.
 function Ticket:__close()
   local turns, entry = self.turns, self.entry
@@ -569,9 +577,8 @@ function Ticket:__close()
     if entry.state == "waiting" and not first_of(entry) then
       entry.waits_on.cancelled = true
       entry.waits_on:cancel()
-    elseif entry.state == "held" then
-      hand_on(turns, entry)
     else
+      if entry.state == "held" then hand_on(turns, entry) end
       turns:advance(entry)
     end
   end
@@ -586,6 +593,9 @@ local function wait(ticket)
     if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
     if left <= 0 then break end
     turns:advance(entry)
+    if entry.closing == "others" and entry.state == "held" and ticket.shared and entry.first == ticket then
+      probe(turns, entry, ticket.lock) -- they may have given up
+    end
     if not ticket.outcome then
       ticket.looked_at, ticket.token = now, scheduler.token()
       scheduler.park(math.min(left, LOOKS))
@@ -597,11 +607,16 @@ end
 local function leave(ticket)
   ticket.accepted = true
   Ticket.__close(ticket)
+  if ticket.outcome == true and not core.identity(ticket.lock) then -- it was lost since, or its locker closed
+    core.standing(ticket.lock)
+    core.raise("closed", "this locker was closed")
+  end
   return ticket.outcome
 end
 
--- Has nobody in the queue to stand behind who would have to let go first.
-local function all_share(entry)
+-- May one who only tries share what comes next? If nobody stands before him who would have to let go first.
+local function may_share(entry, shared)
+  if not shared or entry.state ~= "asked" and not entry.probe then return false end
   for ticket in following, entry do
     if not ticket.shared then return false end
   end
@@ -630,7 +645,7 @@ function Turns:acquire(lock, id, shared, timeout)
       entry.handed = entry.handed + 1
       return true
     end
-  elseif ticket.once and entry.state and not (entry.state == "asked" and shared and all_share(entry)) then
+  elseif ticket.once and entry.state and not may_share(entry, shared) then
     return "busy"
   elseif entry.state and is_deadlock(self, ticket) then
     return "deadlock"
@@ -697,11 +712,12 @@ end
 function Turns:change(lock, timeout, change)
   local entry = entry_held_by(self, lock)
   local closing = entry.closing
-  entry.closing = true -- nobody joins it meanwhile
+  entry.closing = "upgrade" -- nobody joins it meanwhile
   local ok, changed = pcall(try_to_change, self, lock, core.now() + timeout, change)
   if entry.state == "held" and core.identity(lock) == entry.id then
     entry.shared, entry.closing = lock.shared, closing
     hand_on(self, entry)
+    self:advance(entry)
   end
   if not ok then error(changed, 0) end
   return changed
