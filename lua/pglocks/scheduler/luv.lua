@@ -24,6 +24,10 @@ core.own_source(debug.getinfo(1, "S").source)
 local INTERRUPT_MS = 500
 local interrupts, waiting = uv.new_timer(), 0
 
+-- Timers that nobody uses: a new one costs several times as much. { timer =, fire = its callback, wait = whose
+-- it is, came = what it tells }
+local timers = {}
+
 -- What a coroutine waits for; closed when that has come, or when the coroutine is.
 local Wait = {}
 
@@ -33,7 +37,11 @@ function Wait:__close()
   waiting = waiting - 1
   if waiting == 0 then interrupts:stop() end
   if self.poll then self.poll:close() end
-  if self.timer then self.timer:close() end
+  if self.timer then
+    self.timer.timer:stop()
+    self.timer.wait = nil
+    timers[#timers + 1] = self.timer
+  end
 end
 
 -- An error that nobody caught ends the program, as luv has it; on the way its scopes are closed.
@@ -73,9 +81,16 @@ local function new_wait()
   return setmetatable({ co = co }, Wait)
 end
 
+local function new_timer()
+  local one = { timer = uv.new_timer(), wait = nil, came = false }
+  function one.fire() resume(one.wait, one.came) end
+  return one
+end
+
 local function set_timer(self, seconds)
-  self.timer = uv.new_timer()
-  self.timer:start(math.ceil(seconds * 1000), 0, function() resume(self, false) end)
+  local one = table.remove(timers) or new_timer()
+  self.timer, one.wait, one.came = one, self, false
+  one.timer:start(math.ceil(seconds * 1000), 0, one.fire)
 end
 
 local function suspend(self)
@@ -147,7 +162,9 @@ end
 function scheduler.wake(token)
   token.woken = true
   local self = token.parked
-  if self and not self.over and not self.closed then self.timer:start(0, 0, function() resume(self, true) end) end
+  if not self or self.over or self.closed then return end
+  self.timer.came = true
+  self.timer.timer:start(0, 0, self.timer.fire)
 end
 
 return scheduler
