@@ -53,13 +53,15 @@ local function new(keywords, options, settings, on_lost)
   }, Turns)
 end
 
--- What a coroutine waits by: { turns =, entry =, lock = a closed one, shared =, once = it only tries, began =,
--- deadline =, owner =, contended = somebody else had it, living = of whom it is told when they end, or nil,
--- queued =, previous =, next = in the queue, outcome = nil; true: granted; "busy", "timeout" or an error object }
+-- What a coroutine waits by, and what a link is asked with: { entry =, lock = a closed one, shared =, once = it
+-- only tries, began =, deadline =, owner =, contended = somebody else had it, living = of whom it is told when
+-- they end, or nil, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
+-- knows; "busy", "timeout", "deadlock" or an error object }. No more than 16 fields: these are half as large.
 local Ticket = {}
+Ticket.__index = Ticket
 
--- What is known of a key: { id =, first =, last = tickets of the queue, state =, link =, shared =, holders =,
--- owners =, since =, handed = }
+-- What is known of a key: { turns =, id =, first =, last = tickets of the queue, state =, link =, shared =,
+-- holders =, owners =, since =, handed =, closing =, probe = what a link was asked }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
@@ -68,8 +70,8 @@ local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
     entry = { -- with room for all that it will know
-      id = id, first = nil, last = nil, holders = 0,
-      state = nil, link = nil, shared = nil, owners = nil, since = nil, handed = nil, closing = nil,
+      turns = turns, id = id, first = nil, last = nil, holders = 0, state = nil, link = nil, shared = nil,
+      owners = nil, since = nil, handed = nil, closing = nil, probe = nil,
     }
     turns.entries[id] = entry
   end
@@ -90,7 +92,7 @@ end
 
 local function tell(ticket, outcome)
   ticket.outcome = outcome
-  if ticket.token then ticket.turns.scheduler.wake(ticket.token) end
+  if ticket.token then ticket.entry.turns.scheduler.wake(ticket.token) end
 end
 
 -- Who queues: for ticket in following, entry do ... end
@@ -99,11 +101,13 @@ local function following(entry, ticket)
   return entry.first
 end
 
+local function is_queued(ticket) return ticket.previous ~= nil or ticket.entry.first == ticket end
+
 -- Before another one, or as the last.
 local function line_up(entry, ticket, before)
   local previous = entry.last
   if before then previous = before.previous end
-  ticket.queued, ticket.previous, ticket.next = true, previous, before
+  ticket.previous, ticket.next = previous, before
   if previous then previous.next = ticket else entry.first = ticket end
   if before then before.previous = ticket else entry.last = ticket end
 end
@@ -112,14 +116,13 @@ local function step_out(entry, ticket)
   local previous, after = ticket.previous, ticket.next
   if previous then previous.next = after else entry.first = after end
   if after then after.previous = previous else entry.last = previous end
-  ticket.queued, ticket.previous, ticket.next = false, nil, nil
+  ticket.previous, ticket.next = nil, nil
 end
 
 -- The first who may still be there. One who was left out wrongly finds that when he looks, and comes back.
 local function first_of(entry)
   local first = entry.first
   while first and first.looked_at and first.looked_at + LEFT_ALONE < core.now() do
-    first.left_out = true
     step_out(entry, first)
     first = entry.first
   end
@@ -127,11 +130,11 @@ local function first_of(entry)
 end
 
 local function come_back(ticket)
-  local entry = entry_of(ticket.turns, ticket.entry.id)
+  local entry = entry_of(ticket.entry.turns, ticket.entry.id)
   local before = entry.first
   while before and before.began < ticket.began do before = before.next end
   line_up(entry, ticket, before)
-  ticket.entry, ticket.left_out = entry, false
+  ticket.entry = entry
 end
 
 local function finish(entry, ticket, outcome)
@@ -359,20 +362,20 @@ local function failed(turns, entry, ticket, on, err, sent)
   turns:advance(entry)
 end
 
--- Tries the key, for the first in the queue, and for all who can hold it with him.
-local function tried(request, on, got, err, sent)
-  local turns, entry = request.turns, request.entry
-  local ticket = first_of(entry)
+-- A link has tried the key, for one ticket, and for all who can hold it with him.
+function Ticket:done(on, got, err, sent)
+  local entry = self.entry
+  local turns, first = entry.turns, first_of(entry)
   entry.state = nil
-  if ticket and ticket.shared == request.shared then
-    if got and take(turns, entry, on, request.shared) then return end
+  if first and first.shared == self.shared then
+    if got and take(turns, entry, on, self.shared) then return end
     if not err then -- it is somebody else's
       end_tries(entry)
       for one in following, entry do one.contended = true end
       if first_of(entry) then return turns:wait_at_server(entry) end
     end
   end
-  if err then return failed(turns, entry, request.ticket, on, err, sent) end
+  if err then return failed(turns, entry, self, on, err, sent) end
   turns:advance(entry)
 end
 
@@ -385,9 +388,7 @@ function Turns:advance(entry)
     return
   end
   entry.state = "asked"
-  self:choose_for(ticket.lock):ask {
-    turns = self, entry = entry, ticket = ticket, lock = ticket.lock, shared = ticket.shared, done = tried,
-  }
+  self:choose_for(ticket.lock):ask(ticket)
 end
 
 -- Others wait for a key that is shared here: who comes later has to stand behind them.
@@ -399,7 +400,8 @@ end
 
 -- Do others wait for a key that is shared here? If another session cannot share it now.
 local function probed(request, on, got)
-  local turns, entry = request.turns, request.entry
+  local entry = request.entry
+  local turns = entry.turns
   if entry.probe ~= request then return end
   entry.probe = nil
   if entry.state ~= "held" then return end
@@ -417,7 +419,7 @@ local function probe(turns, entry, lock)
   if entry.probe then return end
   local on = turns:choose_other(entry.link)
   if not on then return close(turns, entry) end
-  entry.probe = { turns = turns, entry = entry, lock = lock, shared = true, done = probed }
+  entry.probe = { entry = entry, lock = lock, shared = true, done = probed }
   on:ask(entry.probe)
 end
 
@@ -566,12 +568,13 @@ end
 
 -- The call is over, or the coroutine has ended while it waited.
 function Ticket:__close()
-  local turns, entry = self.turns, self.entry
+  local entry = self.entry
+  local turns = entry.turns
   if turns.wanted_by[self.owner] == self then turns.wanted_by[self.owner] = nil end
   if self.living then self.living[self] = nil end
   if self.outcome == true then
-    if not self.accepted then getmetatable(self.lock).__close(self.lock) end
-  elseif not self.outcome and self.queued then
+    getmetatable(self.lock).__close(self.lock)
+  elseif not self.outcome and is_queued(self) then
     step_out(entry, self)
     self.outcome = "timeout"
     if entry.state == "waiting" and not first_of(entry) then
@@ -585,9 +588,10 @@ function Ticket:__close()
 end
 
 local function wait(ticket)
-  local turns, scheduler = ticket.turns, ticket.turns.scheduler
+  local turns = ticket.entry.turns
+  local scheduler = turns.scheduler
   while not ticket.outcome do
-    if ticket.left_out then come_back(ticket) end
+    if not is_queued(ticket) then come_back(ticket) end -- he was left out
     local now, entry = core.now(), ticket.entry
     local left = ticket.deadline - now
     if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
@@ -605,13 +609,14 @@ local function wait(ticket)
 end
 
 local function leave(ticket)
-  ticket.accepted = true
+  local is_granted = ticket.outcome == true
+  if is_granted then ticket.outcome = "taken" end
   Ticket.__close(ticket)
-  if ticket.outcome == true and not core.identity(ticket.lock) then -- it was lost since, or its locker closed
+  if is_granted and not core.identity(ticket.lock) then -- it was lost since, or its locker closed
     core.standing(ticket.lock)
     core.raise("closed", "this locker was closed")
   end
-  return ticket.outcome
+  return is_granted or ticket.outcome
 end
 
 -- May one who only tries share what comes next? If nobody stands before him who would have to let go first.
@@ -634,10 +639,9 @@ function Turns:acquire(lock, id, shared, timeout)
   local owner, entry = self:owner(living), entry_of(self, id)
   if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
   local ticket = setmetatable({
-    turns = self, entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
+    entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
     deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner,
-    living = living, contended = nil, outcome = nil, looked_at = nil, token = nil, accepted = nil,
-    queued = nil, previous = nil, next = nil,
+    living = living, contended = nil, outcome = nil, looked_at = nil, token = nil, previous = nil, next = nil,
   }, Ticket)
   local joins = entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing
   if joins then
