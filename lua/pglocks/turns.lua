@@ -505,9 +505,10 @@ end
 
 -- ---- the end of locks -------------------------------------------------------------------
 
---- The scope of a lock ends, which has joined what the link holds. Never waits.
-function Turns:on_end(on, lock)
-  local entry = self.entries[core.identity(lock)]
+--- The scope of a lock ends, which has joined what the link holds. Never waits. id: of its key, where that is
+--- known.
+function Turns:on_end(on, lock, id)
+  local entry = self.entries[id or core.identity(lock)]
   if not entry or entry.state ~= "held" or entry.link ~= on then return end
   local owner = self.owner_of[lock]
   if owner then
@@ -536,7 +537,11 @@ function Turns:release(lock)
   if not id then return nil, "not held" end
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
-  getmetatable(lock).__close(lock)
+  if on and self.owner_of[lock] then
+    self:on_end(on, lock, id)
+  else
+    core.let_go(lock) -- one that has not joined
+  end
   local is_sent = on and not on.over and entry.link ~= on -- and not handed on
   if self.options.release == "confirmed" and is_sent and (not can_wait or can_wait()) then
     on.refused = nil
