@@ -18,7 +18,8 @@ core.own_source(debug.getinfo(1, "S").source)
 -- Seconds.
 local REPLY_TIMEOUT = 10 -- of one who does not wait, where the description does not say
 local LOOKS = 1 -- between two looks of one who waits
-local LEFT_ALONE = 4 -- without a look: his coroutine has ended, or this process was busy
+local LOOKS_OF_LIVING = 5 -- where somebody else looks whether he lives
+local LEFT_ALONE = 4 -- times so long without a look: his coroutine has ended, or this process was busy
 local GRACE = 0.1 -- at the end of a timeout, for what the server says itself
 local FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25 -- between two tries, without a link that could wait
 local NO_OTHER = 1 -- after a link could not be opened, until another one is tried
@@ -119,10 +120,12 @@ local function step_out(entry, ticket)
   ticket.previous, ticket.next = nil, nil
 end
 
+local function looks_every(ticket) return ticket.living and LOOKS_OF_LIVING or LOOKS end
+
 -- The first who may still be there. One who was left out wrongly finds that when he looks, and comes back.
 local function first_of(entry)
   local first = entry.first
-  while first and first.looked_at and first.looked_at + LEFT_ALONE < core.now() do
+  while first and first.looked_at and first.looked_at + LEFT_ALONE * looks_every(first) < core.now() do
     step_out(entry, first)
     first = entry.first
   end
@@ -192,7 +195,9 @@ local function grant(turns, entry, ticket)
   add(entry.owners, ticket.owner, 1)
   add(turns.locks_of, ticket.owner, 1)
   turns.owner_of[ticket.lock] = ticket.owner
-  if ticket.living then ticket.living[ticket.lock] = true end
+  if ticket.living then
+    ticket.living.things[ticket.lock], ticket.living.has_locks = true, true
+  end
   return true
 end
 
@@ -576,7 +581,7 @@ function Ticket:__close()
   local entry = self.entry
   local turns = entry.turns
   if turns.wanted_by[self.owner] == self then turns.wanted_by[self.owner] = nil end
-  if self.living then self.living[self] = nil end
+  if self.living then self.living.things[self] = nil end
   if self.outcome == true then
     getmetatable(self.lock).__close(self.lock)
   elseif not self.outcome and is_queued(self) then
@@ -607,7 +612,7 @@ local function wait(ticket)
     end
     if not ticket.outcome then
       ticket.looked_at, ticket.token = now, scheduler.token()
-      scheduler.park(math.min(left, LOOKS))
+      scheduler.park(math.min(left, looks_every(ticket)))
     end
     if not ticket.outcome and entry.state == "held" then entry.link:is_alive() end
   end
@@ -664,7 +669,7 @@ function Turns:acquire(lock, id, shared, timeout)
   ticket.entry, ticket.contended = entry, entry.state ~= nil
   line_up(entry, ticket)
   self.wanted_by[owner] = ticket
-  if ticket.living then ticket.living[ticket] = true end
+  if ticket.living then ticket.living.things[ticket] = true end
   if joins and entry.state == "held" then probe(self, entry, lock) end -- its answer may be there at once
   self:advance(entry)
   if ticket.outcome then return leave(ticket) end

@@ -336,6 +336,7 @@ local function notices_loss(nginx, using)
   local gate = support.connect():lock "gate"
   local request = nginx:begin("/hold?gate=gate&name=l&using=" .. using)
   assert.equal("held", request.line())
+  wait_until("it to wait", function() return waiting() == 1 end)
   observe("SELECT pg_terminate_backend($1)", holder_of "l")
   wait_until("its backend to end", function() return not holder_of "l" end)
   gate:release()

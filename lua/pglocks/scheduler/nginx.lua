@@ -24,6 +24,7 @@ local KEEPALIVE = 60
 local RECEIVED_AT_MOST = 65536 -- bytes
 local RESTS = 0.5 -- at most, of a shared connection with nothing to do: until it looks whether to end
 local LOOKS = 0.05 -- from one look for requests that have ended to the next
+local SELDOM = 10 -- looks, for those that only wait
 local A_DAY = 86400000 -- milliseconds
 
 ---@type pglocks.scheduler
@@ -408,48 +409,64 @@ end
 
 -- ---- the ends of requests ---------------------------------------------------------------
 
+-- Of each that has asked for a lock: { socket =, things = see below, has_locks = looked at often }. nginx closes the
+-- sockets of a request with it; to this one nothing is ever sent.
+
+local function has_locks(life)
+  for thing in pairs(life.things) do
+    local ok, id = pcall(core.identity, thing) -- of a ticket, and of one that is being collected, an error
+    if ok and id then return true end
+  end
+  return false
+end
+
 local function end_things(life)
   for thing in pairs(life.things) do pcall(getmetatable(thing).__close, thing) end
 end
 
-local function has_things()
+local function is_anybody_busy()
   for life in pairs(lives) do
     if next(life.things) then return true end
   end
   return false
 end
 
+local function look_at(life, also_at_others)
+  life.has_locks = life.has_locks and has_locks(life)
+  -- Somebody else's socket raises an error; one that nginx has closed does not.
+  if (life.has_locks or also_at_others) and pcall(life.socket.close, life.socket) then
+    lives[life] = nil
+    end_things(life)
+  end
+end
+
 local function watch()
-  while next(lives) and (not ngx.worker.exiting() or has_things()) do
+  local round = 0
+  while next(lives) and (not ngx.worker.exiting() or is_anybody_busy()) do
     ngx.sleep(LOOKS)
-    for life in pairs(lives) do
-      -- Somebody else's socket raises an error; one that nginx has closed with its request does not.
-      if pcall(life.socket.close, life.socket) then
-        lives[life] = nil
-        end_things(life)
-      end
-    end
+    round = round + 1
+    for life in pairs(lives) do look_at(life, round % SELDOM == 0) end
   end
   is_watching = false
 end
 
 local LIFE = {} -- a key in ngx.ctx
 
---- Things with a `__close` that is called when the calling request ends, however it ends: as keys.
+--- The life of the calling request. things: those with a `__close` that is called when it ends, however it
+--- ends, as keys. has_locks: to be set when a lock comes to them.
 function scheduler.living()
   local life = ngx.ctx[LIFE]
-  if life then return life.things end
-  -- nginx closes the sockets of a request with it. To this one nothing is ever sent.
+  if life then return life end
   local socket = ngx.socket.udp()
   local ok, err = socket:setpeername("127.0.0.1", 9)
   if not ok then core.raise("server", "nginx: no socket: " .. tostring(err)) end
-  life = { socket = socket, things = setmetatable({}, { __mode = "k" }) }
+  life = { socket = socket, things = setmetatable({}, { __mode = "k" }), has_locks = false }
   ngx.ctx[LIFE], lives[life], lives_begun = life, true, lives_begun + 1
   if not is_watching then
     scheduler.spawn(watch)
     is_watching = true
   end
-  return life.things
+  return life
 end
 
 -- ---- parking ----------------------------------------------------------------------------
