@@ -191,3 +191,58 @@ describe("steps", function()
     call("close", conn)
   end)
 end)
+
+describe("what many owners on one connection need", function()
+  after_each(support.finish)
+
+  local function closed_locks(...)
+    local locks = {}
+    for i, key in ipairs { ... } do locks[i] = core.closed_lock(key) end
+    return locks
+  end
+
+  -- Those keys, each with a lock that has joined.
+  local function held(conn, ...)
+    local locks = closed_locks(...)
+    local _, got = call("try_each", conn, locks)
+    for _, lock in ipairs(locks) do assert.is_true(core.join(conn, lock, 0)) end
+    core.let_go(got)
+    return locks
+  end
+
+  local function raised(fn, ...)
+    local ok, err = pcall(fn, ...)
+    assert.is_false(ok)
+    return type(err) == "table" and err.code or err
+  end
+
+  it("a try that is cancelled holds nothing, and leaves what others hold to them", function()
+    local conn = connect()
+    local first = held(conn, "x")[1]
+    core.start.try_each(conn, closed_locks("x", "y", "z"))
+    assert.is_true(conn:cancel())
+    drive(conn)
+    assert.equal("interrupted", raised(core.finish, conn))
+    assert.equal(1, #conn:locks())
+    assert.equal(1, #support.pg_locks(conn.backend_pid))
+    getmetatable(first).__close(first)
+    call("ping", conn)
+    assert.same({}, conn:locks())
+    assert.same({}, support.pg_locks(conn.backend_pid))
+    conn:close()
+  end)
+
+  it("a try that is cancelled lets go of what the others have let go meanwhile", function()
+    local conn = connect()
+    local first = held(conn, "x")[1]
+    core.start.try_each(conn, closed_locks("x", "y"))
+    assert.is_true(conn:cancel())
+    core.let_go(first)
+    drive(conn)
+    assert.equal("interrupted", raised(core.finish, conn))
+    call("ping", conn)
+    assert.same({}, conn:locks())
+    assert.same({}, support.pg_locks(conn.backend_pid))
+    conn:close()
+  end)
+end)

@@ -463,7 +463,7 @@ static void acquire_advance(struct session *s) {
     /* The release before us went wrong, so that the server may count 2: from the start again. */
     op->rounds++;
     go(s, SETTLE);
-  } else if (op->each) {
+  } else if (op->each && !op->interrupted) {
     got_some(s);
   } else if (op->answer.value == VALUE_FALSE) {
     failure_set(&op->failure, TIMEOUT, "", "%s", "");
@@ -509,7 +509,7 @@ static int acquire_finish(lua_State *L, struct session *s) {
   if (op->failure.code == NO_ERROR && lock->transaction && s->rollback_due)
     failure_set(&op->failure, ABORTED_TRANSACTION, "",
                 "the lock that began the transaction was let go: it is rolled back");
-  if (op->each && op->failure.code != NO_ERROR && s->state == SESSION_OPEN) {
+  if (op->each && op->failure.code != NO_ERROR && lock->state == LOCK_HELD && s->state == SESSION_OPEN) {
     struct failure failure = op->failure;
     operation_drop(s);
     failure_push(L, &failure, NULL);
@@ -982,7 +982,7 @@ static bool is_ours(const struct session *s) {
 static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
   bool ours = is_ours(s);
   bool sends = !s->transaction_failed &&
-               (s->op.kind == NULL || s->op.kind == &releasing || s->op.each);
+               (s->op.kind == NULL || s->op.kind == &releasing || (s->op.each && s->op.lock != lock));
   double now = monotonic_now();
   lock->state = LOCK_RELEASED;
   if (lock->transaction) return; /* what it holds ends with that */
@@ -1133,7 +1133,7 @@ static void conclude(struct session *s) {
     conclude_check(s);
   else if (op->kind == &releasing)
     finished(s, NO_ERROR, "");
-  else if (op->each && op->guard == GUARD_LOOK &&
+  else if (op->each && op->guard == GUARD_LOOK && !op->interrupted &&
            !(failure_never_ran(&op->failure) && op->rounds == 0))
     got_some(s);
   else if (held == VALUE_SOME || (held == VALUE_TRUE && op->interrupted)) {
@@ -1446,7 +1446,7 @@ static int start_try_each(lua_State *L) {
   for (size_t i = 0; i < lock->count; i++) lock->members[i].name = NULL;
   operation_begin(s, &acquiring, s->reply_timeout);
   s->op.lock = lock;
-  s->op.demand = DEMAND_TRY;
+  s->op.demand = DEMAND_LOCK; /* it raises what it cannot say of each */
   s->op.timeout = 0;
   s->op.each = true;
   lock->state = LOCK_ACQUIRING;
