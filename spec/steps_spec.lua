@@ -245,4 +245,18 @@ describe("what many owners on one connection need", function()
     assert.same({}, support.pg_locks(conn.backend_pid))
     conn:close()
   end)
+
+  it("nobody joins what close() has let go of", function()
+    local conn, told = connect(), 0
+    core.configure(conn, { scheduled = true, on_end = function() told = told + 1 end })
+    local first, another = held(conn, "x")[1], core.closed_lock "x"
+    core.start.close(conn)
+    assert.is_false(core.join(conn, another, 0))
+    assert.is_nil(core.standing(first))
+    assert.is_nil(core.identity(first))
+    getmetatable(first).__close(first)
+    assert.equal(0, told)
+    drive(conn)
+    core.finish(conn)
+  end)
 end)

@@ -974,8 +974,9 @@ static int release_finish(lua_State *L, struct session *s) {
 static const struct operation_kind releasing = {"release", false, release_advance,
                                                 release_finish};
 
+/* Ours to hold locks: close() has let go of all. */
 static bool is_ours(const struct session *s) {
-  return s->state == SESSION_OPEN && !session_is_foreign(s);
+  return s->state == SESSION_OPEN && !s->closing && !session_is_foreign(s);
 }
 
 /* Lets go of a lock. What the server must let go then is added to the chain, or in doubt. */
@@ -1385,11 +1386,11 @@ static int standing(lua_State *L) {
   session_alive(s);
   connection_tell_loss(L, 1, s);
   state = lock_state(lock);
-  if (state == LOCK_HELD && s->state == SESSION_OPEN) {
+  if (state == LOCK_HELD && is_ours(s)) {
     identity_push(L, &lock->members[0].key);
     return 1;
   }
-  if (lock->state == LOCK_HELD && s->state != SESSION_CLOSED) {
+  if (lock->state == LOCK_HELD && s->state != SESSION_CLOSED && !s->closing) {
     struct failure failure = s->loss;
     if (s->state != SESSION_LOST) failure_set(&failure, LOST, "", NOT_HELD_MESSAGE);
     failure.code = LOST;
