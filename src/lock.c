@@ -1442,6 +1442,7 @@ static int start_try_each(lua_State *L) {
   sort_members(lock);
   lock_bind(L, 3, 1, lock, s);
   connection_ready(L, 1, s);
+  scopes_check(L, s, lock);
   if (!command_reserve(s, lock->count) || !find_holdings(s, lock))
     return luaL_error(L, "not enough memory");
   for (size_t i = 0; i < lock->count; i++) lock->members[i].name = NULL;
