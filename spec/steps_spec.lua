@@ -269,4 +269,19 @@ describe("what many owners on one connection need", function()
     lock:release()
     conn:close()
   end)
+
+  it("the end of a lock is told once, also where it is ended by who is told", function()
+    local conn, told = connect(), 0
+    core.configure(conn, {
+      on_end = function(_, lock)
+        told = told + 1
+        getmetatable(lock).__close(lock)
+      end,
+    })
+    local lock = held(conn, "x")[1]
+    getmetatable(lock).__close(lock)
+    assert.equal(1, told)
+    assert.same({}, conn:locks())
+    conn:close()
+  end)
 end)

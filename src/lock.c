@@ -1226,9 +1226,10 @@ static int lock_held(lua_State *L) {
   return 1;
 }
 
-/* Whoever had it join decides who holds next. */
-static void tell_end(lua_State *L, const struct lock *lock) {
+/* Whoever had it join decides who holds next. Once: what is called may end the scope itself. */
+static void tell_end(lua_State *L, struct lock *lock) {
   if (!lock->joined || lock_state(lock) != LOCK_HELD || !is_ours(lock->session)) return;
+  lock->joined = false;
   connection_insert(L, lock);
   connection_tell_end(L, 1);
   lua_remove(L, 1);
