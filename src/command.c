@@ -421,7 +421,8 @@ static void late_lands(struct session *s) {
 void command_late(struct session *s) {
   struct chain chain = s->late;
   late_lands(s);
-  if (chain.count > 0) command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
+  if (chain.count > 0 && s->state == SESSION_OPEN && !session_is_foreign(s))
+    command_statement(s, VERB_UNLOCK, &chain, NULL, NULL);
 }
 
 void command_token(struct session *s) {

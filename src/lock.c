@@ -1020,7 +1020,7 @@ static void release_late(struct session *s, struct lock *lock) {
   const struct key *key = &lock->members[0].key;
   struct chain *late = &s->late;
   int before;
-  if (lock->count > 1 || s->hasty++ < HASTY) {
+  if (lock->count > 1 || lock->transaction || s->hasty++ < HASTY) {
     release_now(s, lock);
     return;
   }
@@ -1568,7 +1568,7 @@ static int let_go_now(lua_State *L) {
 /* send_late(conn): what was let go, and has not been sent. */
 static int send_late(lua_State *L) {
   struct session *s = connection_check(L, 1);
-  if (!session_is_foreign(s)) command_late(s);
+  command_late(s);
   return 0;
 }
 
