@@ -982,8 +982,9 @@ static bool is_ours(const struct session *s) {
 /* Lets go of a lock. What the server must let go then is added to the chain, or in doubt. */
 static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
   bool ours = is_ours(s);
-  bool sends = !s->transaction_failed &&
-               (s->op.kind == NULL || s->op.kind == &releasing || (s->op.each && s->op.lock != lock));
+  /* Behind a try of others', too; but not in the way of a cancel, which may strike what comes next. */
+  bool behind = s->op.kind == &releasing || (s->op.each && s->op.lock != lock && s->cancel == NULL);
+  bool sends = !s->transaction_failed && (s->op.kind == NULL || behind);
   double now = monotonic_now();
   lock->state = LOCK_RELEASED;
   if (lock->transaction) return; /* what it holds ends with that */

@@ -123,8 +123,9 @@ void operation_progress(struct session *s) {
   else if (s->state == SESSION_CONNECTING)
     op->kind->advance(s);
   else if (commands_collect(s)) {
-    command_late(s);
     cancel_look(s);
+    if (s->cancel == NULL) command_late(s);
+    if (op->done) return; /* lost in sending that */
     give_up_on_lost_sync(s);
     if (s->cancel == NULL && op->unanswered == 0) {
       op->look_at = INFINITY;
