@@ -72,8 +72,8 @@ build/failing_malloc.so: spec/alloc/failing_malloc.c Makefile
 	$(CC) $(STANDARD) $(WARNINGS) $(CFLAGS) -fno-builtin -shared $(LDFLAGS) -o $@ $< -ldl
 
 # For the specs of faults: a module for both runtimes, and a library to preload.
-build/5.4/process.so: HEADERS = $(LUA_INCDIR)
-build/jit/process.so: HEADERS = $(LUAJIT_INCDIR)
+build/5.4/process.so build/asan-5.4/process.so: HEADERS = $(LUA_INCDIR)
+build/jit/process.so build/asan-jit/process.so: HEADERS = $(LUAJIT_INCDIR)
 build/%/process.so: spec/faults/process.c Makefile
 	@mkdir -p $(@D)
 	$(CC) -std=c99 -fPIC $(WARNINGS) $(CFLAGS) -I$(HEADERS) -shared $(LDFLAGS) -o $@ $<
@@ -128,7 +128,8 @@ stress:
 	@$(MAKE) -s --no-print-directory test SPEC=spec/faults/stress_spec.lua PGLOCKS_STRESS_ROUNDS=$(ROUNDS)
 	@$(MAKE) -s --no-print-directory test SPEC=spec/faults/token_spec.lua PGLOCKS_STRESS_ROUNDS=$(ROUNDS)
 
-sanitizers: build/forget_preload.so $(runtimes:%=build/%/alloc) $(runtimes:%=build/asan-%/pglocks/core.so)
+sanitizers: build/forget_preload.so $(runtimes:%=build/%/alloc) $(runtimes:%=build/asan-%/pglocks/core.so) \
+            $(runtimes:%=build/asan-%/process.so)
 
 sanitize:
 	@tools/install-deps test
