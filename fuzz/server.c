@@ -9,7 +9,12 @@
  * calls held must have been granted by a complete answer, and not been given up since. One that it
  * says not to have got must have been denied by such an answer. And where the server is `honest`,
  * doing only what PostgreSQL does, the client must in the end know of exactly the locks that the
- * server has, and whenever it has heard all, call no lock held that the server has not. */
+ * server has, and whenever it has heard all, call no lock held that the server has not, and let go of
+ * whatever the server has that it does not call held.
+ *
+ * The program may be one of many owners on the connection, too: they try many keys at once, join one another's
+ * locks, and hand them on when they are told of an end. A release that is put off must be sent before anything
+ * else is, and none while a cancel request is under way, which would strike it. */
 #include "harness.h"
 
 #include <errno.h>
@@ -44,6 +49,8 @@ enum {
 /* The main thread; while that is inside a call that blocks, another one with the same on its
  * stack. */
 static lua_State *L, *meanwhile;
+/* The same for what is called when the scope of a lock ends that has joined another. */
+static lua_State *ending;
 
 /* Places on the stack. */
 enum { CORE = 1, START, CONNECTION_METHODS, LOCK_METHODS, CONNECTION, LOCKS, TOP = LOCKS };
@@ -55,6 +62,9 @@ static struct {
   bool blocks;    /* by a call that blocks */
   bool abandoned; /* nobody will ask for the result of the operation */
   bool commits_deferred;
+  bool ends;      /* on_end has been called, and has not returned */
+  unsigned at_end; /* what it does */
+  int handed_on, tried; /* the number of the next command, when it tried a key; or -1 */
   int waits;      /* since the program's end */
 } run;
 
@@ -70,6 +80,7 @@ struct known {
   bool shared, transaction;       /* transaction: of its scope */
   bool believed;  /* the answers that libpq has told say that it is held */
   bool disproved; /* the guard's do not: the client must say so when its operation is over */
+  bool late;      /* let go, which the client may put off until it sends anything else */
 };
 
 static struct known known[MAX_KEYS];
@@ -98,7 +109,7 @@ static struct known *know(uint32_t classid, uint32_t objid, int objsubid, bool s
   k->shared = shared;
   k->transaction = transaction;
   k->wanted = k->given_up = k->denied = -1;
-  k->believed = k->disproved = false;
+  k->believed = k->disproved = k->late = false;
   k->held = 0;
   memset(k->at, 0, sizeof k->at);
   return k;
@@ -159,6 +170,7 @@ struct statement {
   bool executes_prepared;
   char name[32]; /* of the prepared statement, or of the savepoint */
   bool array;    /* its keys are one, be it of one key */
+  bool each;     /* tries them each for itself: a mark for each */
   bool boolean;  /* a lock that answers with true, not with void */
   bool chain;    /* COMMIT or ROLLBACK AND CHAIN */
   bool wanted;   /* asked within a call that may end the user's transaction */
@@ -228,7 +240,7 @@ static struct statement *ask(enum kind kind) {
 }
 
 static void gives_up(struct known *k) {
-  k->believed = false;
+  k->believed = k->late = false;
   k->given_up = asked;
 }
 
@@ -250,7 +262,8 @@ static void ask_prepared(const char *name, const char *const *values, const int 
   snprintf(s->name, sizeof s->name, "%s", name);
   s->executes_prepared = true;
   if (s->kind == TOKEN) return;
-  s->array = strstr(name, "_all") != NULL;
+  s->each = strstr(name, "_each") != NULL;
+  s->array = s->each || strstr(name, "_all") != NULL;
   s->boolean = strstr(name, "xact_timed") != NULL;
   read_keys(s, values, lengths, strstr(name, "_44") != NULL, strstr(name, "shared") != NULL,
             strstr(name, "_xact_") != NULL);
@@ -309,7 +322,8 @@ static enum said said_of(const struct command *c, const struct statement *s, int
     if (!s->array && !s->boolean) return c->length != 1 ? HELD : NOTHING;
     return c->length == 1 && *c->value == 't' ? HELD : NOTHING;
   case TRY_LOCK:
-    return c->length != 1 ? NOTHING : *c->value == 't' ? HELD : NOT_HELD;
+    if (!s->each) return c->length != 1 ? NOTHING : *c->value == 't' ? HELD : NOT_HELD;
+    /* fall through */
   default: /* a mark for each */
     return c->length != s->on.count ? NOTHING : c->value[key] == 't' ? HELD : NOT_HELD;
   }
@@ -371,21 +385,31 @@ void *__wrap_realloc(void *, size_t);
 void __real_free(void *);
 void __wrap_free(void *);
 
+static unsigned fails_in; /* so many allocations there is no memory, once; 0: there is */
+static bool memory_failed; /* in this run */
+
+static bool is_out_of_memory(void) {
+  if (fails_in == 0 || --fails_in > 0) return false;
+  memory_failed = true;
+  trace("  an allocation fails");
+  return true;
+}
+
 /* Of pglocks' own sources, as libpq and Lua are not linked anew. */
 void *__wrap_malloc(size_t size) {
-  void *block = __real_malloc(size);
+  void *block = is_out_of_memory() ? NULL : __real_malloc(size);
   if (block != NULL) open_now.blocks++;
   return block;
 }
 
 void *__wrap_calloc(size_t count, size_t size) {
-  void *block = __real_calloc(count, size);
+  void *block = is_out_of_memory() ? NULL : __real_calloc(count, size);
   if (block != NULL) open_now.blocks++;
   return block;
 }
 
 void *__wrap_realloc(void *old, size_t size) {
-  void *block = __real_realloc(old, size);
+  void *block = is_out_of_memory() ? NULL : __real_realloc(old, size);
   if (old == NULL && block != NULL) open_now.blocks++;
   return block;
 }
@@ -439,7 +463,17 @@ int __wrap_PQsendQueryPrepared(PGconn *pg, const char *name, int n, const char *
   return __real_PQsendQueryPrepared(pg, name, n, values, lengths, formats, format);
 }
 
+static int thread_count; /* cancel requests under way */
+static bool threads_refused;
+
+static bool only_unlocks(const struct command *c) {
+  return c->count > 0 && c->statements[c->count > 1 && c->statements[0].kind == PREPARE].kind == UNLOCK;
+}
+
 int __wrap_PQpipelineSync(PGconn *pg) {
+  for (int i = 0; !only_unlocks(&commands[asked]) && i < known_count; i++)
+    if (known[i].late) finding("command %d comes before a release that was put off", asked);
+  if (thread_count > 0) finding("command %d is sent while a cancel request is under way", asked);
   if (asked == MAX_COMMANDS) finding("the client goes on and on");
   asked++;
   memset(&commands[asked], 0, sizeof commands[asked]);
@@ -500,7 +534,7 @@ PGconn *__wrap_PQconnectStartParams(const char *const *keywords, const char *con
 
 void __wrap_PQfinish(PGconn *pg) {
   if (pg != NULL) open_now.connections--;
-  for (int i = 0; i < known_count; i++) known[i].believed = false;
+  for (int i = 0; i < known_count; i++) known[i].believed = known[i].late = false;
   __real_PQfinish(pg);
 }
 
@@ -523,8 +557,6 @@ static struct {
   void *argument;
 } threads[4];
 
-static int thread_count;
-static bool threads_refused;
 static bool cancel_arrived; /* and has not struck yet */
 
 int __wrap_PQcancel(PGcancel *, char *, int);
@@ -826,6 +858,19 @@ static void take(struct known *k) {
     k->at[server.savepoints]++;
 }
 
+/* Each for itself: every other one is refused, or all are, but for those that it has itself. */
+static bool answer_each(const struct statement *s, enum outcome outcome) {
+  int n = outcome == REFUSAL ? s->on.count : reach(s, outcome);
+  char marks[MAX_SET + 1] = "";
+  for (int i = 0; i < n; i++) {
+    bool refused = outcome == REFUSAL && ((server.reached & 2) || (server.reached & 1) == (i & 1)) &&
+                   !is_shown(s->on.keys[i]);
+    marks[i] = refused ? 'f' : 't';
+    if (!refused) take(s->on.keys[i]);
+  }
+  return outcome == SUCCESS || outcome == REFUSAL ? row(25, marks) : fail(sqlstate_of(outcome));
+}
+
 static bool answer_lock(const struct statement *s, enum outcome outcome) {
   struct known *const *keys = s->on.keys;
   int n = reach(s, outcome);
@@ -850,6 +895,8 @@ static bool answer_unlock(const struct statement *s, enum outcome outcome) {
     struct known *k = s->on.keys[i];
     marks[i] = (s->kind == LOOK ? is_shown(k) : k->held > 0) ? 't' : 'f';
     if (s->kind == LOOK) continue;
+    if (run.honest && s->kind == UNLOCK && k->held == 0)
+      finding("the client unlocks what the server has not");
     if (k->held > 0)
       k->held--;
     else if (s->kind == UNLOCK || is_shown(k))
@@ -921,7 +968,7 @@ static bool answer_statement(const struct statement *s, enum outcome outcome, bo
   switch (s->kind) {
   case LOCK:
   case TRY_LOCK:
-    return answer_lock(s, outcome);
+    return s->each ? answer_each(s, outcome) : answer_lock(s, outcome);
   case UNLOCK:
   case LOOK:
   case GUARD_UNLOCK:
@@ -1174,12 +1221,15 @@ int __wrap_epoll_wait(int epoll, struct epoll_event *events, int most, int milli
 static const char *call(const char *where, int arguments) {
   int base = lua_gettop(L) - arguments;
   const char *code;
+  bool no_memory;
   trace(" %s", where);
   if (lua_pcall(L, arguments, LUA_MULTRET, 0) == LUA_OK) {
     trace(" %s has returned", where);
     return NULL;
   }
-  code = harness_error(L, where, true);
+  no_memory = memory_failed && lua_type(L, -1) == LUA_TSTRING &&
+              strcmp(lua_tostring(L, -1), "not enough memory") == 0;
+  code = harness_error(L, where, !no_memory);
   trace(" %s has raised %s", where, *code ? code : lua_tostring(L, -1));
   /* Only check() says so of a lock that the client has released itself. */
   if (run.honest && strcmp(code, "not_held") == 0 && strcmp(where, "check") != 0)
@@ -1214,6 +1264,17 @@ static struct known *known_key(int key, bool shared, bool transaction) {
   objsubid = lua_tointeger(L, -1);
   lua_pop(L, 3);
   return know((uint32_t)classid, (uint32_t)objid, (int)objsubid, shared, transaction);
+}
+
+/* Between these two nothing is collected, which would let go of what is just looked at. */
+static int kept;
+
+static void keep_garbage(void) {
+  if (kept++ == 0) lua_gc(L, LUA_GCSTOP);
+}
+
+static void collect_garbage(void) {
+  if (--kept == 0) lua_gc(L, LUA_GCRESTART);
 }
 
 /* The client has heard all that there is to hear, and is at nothing. */
@@ -1289,10 +1350,10 @@ static bool take_lock(bool attempt, unsigned slot) {
   lua_pop(L, 1);
   if (acquired) { /* without a collection meanwhile, which may end its transaction */
     struct set set;
-    lua_gc(L, LUA_GCSTOP);
+    keep_garbage();
     set = known_lock();
     all_must_be_held("an acquire", &set);
-    lua_gc(L, LUA_GCRESTART);
+    collect_garbage();
     lua_getfield(L, -1, "token");
     if (lua_isnil(L, -1) != !draws(slot)) finding("a lock without its token, or with one of its own");
     lua_pop(L, 1);
@@ -1314,6 +1375,7 @@ static bool is_refusal(const char *code) {
  * held. */
 static void must_be_denied(const char *who, const char *code, int since) {
   bool any = false;
+  if (run.tried >= since) return; /* on_end has tried a key meanwhile */
   for (int i = since; i < asked; i++) any = any || commands[i].statements[0].kind == TOKEN ||
                                             (commands[i].count > 1 && commands[i].statements[1].kind == TOKEN);
   for (const struct known *k = known; k < known + known_count; k++) {
@@ -1543,7 +1605,7 @@ static void query(unsigned what) {
 static const bool *locks(void) {
   static bool listed[MAX_KEYS];
   memset(listed, 0, sizeof listed);
-  lua_gc(L, LUA_GCSTOP);
+  keep_garbage();
   push_call(CONNECTION_METHODS, "locks");
   if (call("locks", 1) != NULL) finding("locks raises");
   for (int i = 1; i <= (int)lua_rawlen(L, TOP + 1); i++) {
@@ -1559,7 +1621,7 @@ static const bool *locks(void) {
     lua_settop(L, TOP + 1);
   }
   lua_settop(L, TOP);
-  lua_gc(L, LUA_GCRESTART);
+  collect_garbage();
   return listed;
 }
 
@@ -1608,6 +1670,396 @@ static void call_simple(int table, const char *name) {
   lua_settop(L, TOP);
 }
 
+/* ---- many owners on one connection ------------------------------------------------------ */
+
+/* What such a one calls is not waited for, and refuses nothing. */
+static bool ask_core(const char *name, int arguments) {
+  if (call(name, arguments) != NULL) finding("%s raises", name);
+  return lua_toboolean(L, -1);
+}
+
+static bool is_true(const char *name) {
+  bool result;
+  push_call(CORE, name);
+  result = ask_core(name, 1);
+  lua_settop(L, TOP);
+  return result;
+}
+
+static bool is_alive(void) {
+  bool alive;
+  push_call(CONNECTION_METHODS, "alive");
+  alive = ask_core("alive", 1);
+  lua_settop(L, TOP);
+  return alive;
+}
+
+/* A lock of no connection yet, to the top. */
+static void push_closed(unsigned which, bool shared) {
+  int top = lua_gettop(L);
+  lua_getfield(L, CORE, "closed_lock");
+  push_key(which);
+  lua_createtable(L, 0, 1);
+  lua_pushboolean(L, shared);
+  lua_setfield(L, -2, "shared");
+  ask_core("closed_lock", 2);
+  lua_settop(L, top + 1);
+}
+
+/* How often the lock at the top, which has joined another, was told to end; -1: it has not joined. */
+static int times_told(void) {
+  int times;
+  lua_getfield(L, LUA_REGISTRYINDEX, "fuzz joined");
+  lua_pushvalue(L, -2);
+  lua_rawget(L, -2);
+  times = lua_isnil(L, -1) ? -1 : (int)lua_tointeger(L, -1);
+  lua_pop(L, 2);
+  return times;
+}
+
+static void set_times_told(int times) {
+  lua_getfield(L, LUA_REGISTRYINDEX, "fuzz joined");
+  lua_pushvalue(L, -2);
+  lua_pushinteger(L, times);
+  lua_rawset(L, -3);
+  lua_pop(L, 1);
+}
+
+static bool is_unlisted(unsigned which, bool shared) {
+  const bool *listed = locks();
+  push_key(which);
+  lua_getfield(L, CORE, "key");
+  lua_insert(L, -2);
+  ask_core("key", 1);
+  which = (unsigned)(known_key(TOP + 1, shared, false) - known);
+  lua_settop(L, TOP);
+  return !listed[which];
+}
+
+/* One more lock on what is held: into the slot. Not more than is held, and not less. */
+static void join(unsigned which, bool shared, unsigned slot, bool binds) {
+  keep_garbage();
+  push_closed(which, shared);
+  push_call(CORE, "join");
+  lua_pushvalue(L, TOP + 1);
+  if (ask_core("join", 2)) {
+    struct set set;
+    lua_settop(L, TOP + 1);
+    set_times_told(0);
+    set = known_lock();
+    all_must_be_held("join()", &set);
+    lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+  } else {
+    lua_settop(L, TOP + 1);
+    if (binds) {
+      push_call(CORE, "bind");
+      lua_pushvalue(L, TOP + 1);
+      ask_core("bind", 2);
+      lua_settop(L, TOP + 1);
+      lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+    }
+    lua_settop(L, TOP);
+    if (is_alive() && !is_unlisted(which, shared)) finding("join() finds nothing of what is listed");
+  }
+  lua_settop(L, TOP);
+  collect_garbage();
+}
+
+/* Lets go of the lock at that place of the list. */
+static void let_go(int place, bool late) {
+  bool before[MAX_KEYS], notes = late && is_true("is_idle") && told == asked && !told_failed;
+  const bool *after;
+  int since = asked;
+  keep_garbage();
+  if (notes) memcpy(before, locks(), sizeof before);
+  lua_getfield(L, CORE, "let_go");
+  lua_rawgeti(L, LOCKS, place);
+  lua_pushboolean(L, late);
+  ask_core("let_go", 2);
+  lua_settop(L, TOP);
+  lua_rawgeti(L, LOCKS, place);
+  if (ask_held()) finding("held() is true after let_go()");
+  after = notes ? locks() : NULL;
+  for (int i = 0; notes && i < known_count && peer >= 0 && is_alive(); i++)
+    if (!known[i].transaction && before[i] && !after[i] && known[i].given_up < since) known[i].late = true;
+  collect_garbage();
+}
+
+static void send_late(void) {
+  push_call(CORE, "send_late");
+  ask_core("send_late", 1);
+  lua_settop(L, TOP);
+  for (int i = 0; i < known_count; i++)
+    if (known[i].late) finding("send_late() has not sent a release");
+}
+
+/* Those that were got, for others to join; in the bits after the four keys: their mode, whether others
+ * join, and whether it is let go, perhaps later. */
+static void try_each(unsigned what, unsigned slot) {
+  bool shared = what & 16;
+  int since = asked;
+  const char *code;
+  const bool *listed;
+  lua_createtable(L, MAX_SET, 0);
+  for (unsigned i = 0; i < MAX_SET; i++)
+    if (what >> i & 1 || ((what & 15) == 0 && i < 2)) {
+      push_closed((what & 15) == 0 ? 0 : i, shared);
+      lua_rawseti(L, TOP + 1, (int)lua_rawlen(L, TOP + 1) + 1);
+    }
+  push_call(START, "try_each");
+  lua_pushvalue(L, TOP + 1);
+  code = complete("try_each", call("try_each", 2));
+  if (code != NULL) {
+    if (is_refusal(code)) must_be_denied("try_each", code, since);
+    lua_settop(L, TOP);
+    return;
+  }
+  keep_garbage();
+  if (lua_gettop(L) > TOP + 1) { /* the statement has failed, be it after some */
+    lua_settop(L, TOP + 2);
+    harness_error(L, "try_each", true);
+  }
+  lua_settop(L, TOP + 1);
+  lua_rawseti(L, LOCKS, MAX_LOCKS + 2);
+  if (is_alive()) {
+    listed = locks();
+    for (int i = 0; i < known_count; i++)
+      if (!listed[i] && known[i].wanted >= since && known[i].denied < known[i].wanted &&
+          known[i].given_up < known[i].wanted)
+        finding("try_each has not got a lock that was not denied");
+  }
+  for (unsigned i = 0; what & 32 && i < MAX_SET; i++)
+    if (what >> i & 1) join(i, shared, slot + i, false);
+  if (what & 64)
+    let_go(MAX_LOCKS + 2, what & 128);
+  else {
+    lua_rawgeti(L, LOCKS, MAX_LOCKS + 2);
+    lua_rawseti(L, LOCKS, (int)(slot % MAX_LOCKS) + 1);
+  }
+  lua_pushnil(L);
+  lua_rawseti(L, LOCKS, MAX_LOCKS + 2);
+  collect_garbage();
+}
+
+/* What says of one lock that it is held, be it just for its key. */
+static void ask_standing(const char *name, unsigned slot) {
+  struct set set;
+  if (!push_lock(slot)) return;
+  keep_garbage();
+  set = known_lock();
+  lua_getfield(L, CORE, name);
+  lua_insert(L, -2);
+  if (call(name, 1) == NULL && lua_gettop(L) > TOP && !set.keys[0]->transaction)
+    all_must_be_held(name, &set);
+  lua_settop(L, TOP);
+  collect_garbage();
+}
+
+/* What the client neither holds nor lets go the server has not. */
+static void nothing_must_stay(void) {
+  const bool *listed;
+  bool leaves[MAX_SET];
+  keep_garbage();
+  for (unsigned i = 0; i < MAX_SET; i++) {
+    push_call(CORE, "leaves");
+    push_closed(i, false);
+    leaves[i] = ask_core("leaves", 2);
+    lua_settop(L, TOP);
+  }
+  listed = locks();
+  for (unsigned i = 0; i < MAX_SET && run.honest && is_settled() && is_alive(); i++)
+    for (int shared = 0; shared < 2; shared++) {
+      struct set set;
+      push_closed(i, shared);
+      set = known_lock();
+      lua_settop(L, TOP);
+      if (!leaves[i] && !listed[set.keys[0] - known] && set.keys[0]->held > 0)
+        finding("a lock is left that the client knows nothing of");
+    }
+  collect_garbage();
+}
+
+/* Two locks on the same keys change their modes. */
+static void exchange(unsigned slot, unsigned other) {
+  struct set a, b;
+  bool same;
+  if (!push_lock(slot)) return;
+  if (!push_lock(other)) return;
+  keep_garbage();
+  b = known_lock();
+  lua_pushvalue(L, TOP + 1);
+  a = known_lock();
+  lua_pop(L, 1);
+  same = a.count == b.count;
+  for (int i = 0; same && i < a.count; i++)
+    same = a.keys[i]->classid == b.keys[i]->classid && a.keys[i]->objid == b.keys[i]->objid &&
+           a.keys[i]->objsubid == b.keys[i]->objsubid && !a.keys[i]->transaction && !b.keys[i]->transaction;
+  if (same) {
+    lua_getfield(L, CORE, "exchange");
+    lua_insert(L, TOP + 1);
+    call("exchange", 2);
+  }
+  lua_settop(L, TOP);
+  collect_garbage();
+}
+
+enum { LET_GO, LET_GO_LATE, HAND_ON, RAISE, CLOSE, TRY, CLOSE_LOCK, DO_NOTHING, AT_END };
+
+/* As the owner of locks that have joined others does when the scope of one ends; and as he should not. */
+static int on_end(lua_State *caller) {
+  lua_State *before = L;
+  struct set set;
+  int told_before;
+  bool was_busy = run.busy;
+  L = caller;
+  lua_settop(L, 2);
+  told_before = times_told();
+  if (told_before < 0) finding("on_end is told of a lock that has not joined another one");
+  if (told_before > 0) finding("on_end is told twice of a lock");
+  set_times_told(1);
+  if (run.ends) {
+    L = before;
+    return 0;
+  }
+  run.ends = true;
+  L = ending;
+  lua_settop(L, TOP);
+  lua_xmove(caller, L, 1);
+  keep_garbage();
+  lua_pushvalue(L, TOP + 1);
+  lua_rawseti(L, LOCKS, MAX_LOCKS + 1);
+  set = known_lock();
+  all_must_be_held("on_end", &set);
+  lua_getfield(L, CORE, "identity");
+  lua_insert(L, TOP + 1);
+  ask_core("identity", 1);
+  if (lua_gettop(L) == TOP) finding("on_end is told of a lock that is not held");
+  lua_settop(L, TOP);
+  collect_garbage();
+  switch (run.at_end % AT_END) {
+  case LET_GO:
+    let_go(MAX_LOCKS + 1, false);
+    break;
+  case HAND_ON:
+    if (run.handed_on++ < MAX_LOCKS) /* it may replace one whose end is told next */
+      for (unsigned i = 0; i < MAX_SET; i++) join(i, set.keys[0]->shared, run.at_end / AT_END + i, false);
+    /* fall through */
+  case LET_GO_LATE:
+    let_go(MAX_LOCKS + 1, true);
+    break;
+  case CLOSE:
+    scope_end(CONNECTION);
+    break;
+  case TRY:
+    run.tried = asked;
+    run.busy = true;
+    push_call(CONNECTION_METHODS, "try_lock");
+    push_key(run.at_end / AT_END);
+    if (call("try_lock", 2) == NULL && lua_gettop(L) > TOP) {
+      lua_settop(L, TOP + 1);
+      lua_rawseti(L, LOCKS, MAX_LOCKS);
+    }
+    run.busy = was_busy;
+    break;
+  case CLOSE_LOCK:
+    lua_rawgeti(L, LOCKS, MAX_LOCKS + 1);
+    scope_end(TOP + 1);
+    break;
+  default:
+    break;
+  }
+  lua_settop(L, TOP);
+  lua_pushnil(L);
+  lua_rawseti(L, LOCKS, MAX_LOCKS + 1);
+  L = before;
+  run.ends = false;
+  return run.at_end % AT_END == RAISE ? luaL_error(caller, "raised by on_end") : 0;
+}
+
+/* The end of a scope is told, if it is that of a lock that has joined another one and is held. */
+static void lock_end(unsigned slot) {
+  bool is_to_be_told;
+  int kept_by;
+  if (!push_lock(slot)) return;
+  keep_garbage();
+  is_to_be_told = times_told() == 0;
+  lua_getfield(L, CORE, "identity");
+  lua_pushvalue(L, TOP + 1);
+  ask_core("identity", 1);
+  is_to_be_told = is_to_be_told && lua_gettop(L) > TOP + 1;
+  lua_settop(L, TOP + 1);
+  lua_pushvalue(L, TOP + 1);
+  kept_by = luaL_ref(L, LUA_REGISTRYINDEX);
+  collect_garbage();
+  scope_end(TOP + 1);
+  lua_rawgeti(L, LUA_REGISTRYINDEX, kept_by);
+  if (is_to_be_told && times_told() == 0) finding("on_end is not told of the end of a lock");
+  luaL_unref(L, LUA_REGISTRYINDEX, kept_by);
+  lua_settop(L, TOP);
+}
+
+static void owners_instruct(unsigned op) {
+  trace("%u of many owners at %.3f s", op, now);
+  switch (op) {
+  case 0:
+  case 1: {
+    unsigned what = input_byte();
+    try_each(what, input_byte());
+    break;
+  }
+  case 2:
+  case 3: {
+    unsigned what = input_byte();
+    join(what, what & 8, what >> 5, what & 16);
+    break;
+  }
+  case 4:
+  case 5: {
+    unsigned what = input_byte();
+    if (!push_lock(what)) break;
+    lua_settop(L, TOP);
+    let_go((int)(what % MAX_LOCKS) + 1, what & 8);
+    break;
+  }
+  case 6: /* many in a row */
+    for (unsigned slot = 0; slot < MAX_LOCKS; slot++) {
+      if (!push_lock(slot)) continue;
+      lua_settop(L, TOP);
+      let_go((int)slot + 1, true);
+    }
+    break;
+  case 7:
+    send_late();
+    break;
+  case 8:
+    ask_standing("standing", input_byte());
+    break;
+  case 9:
+    ask_standing("identity", input_byte());
+    break;
+  case 10:
+    nothing_must_stay();
+    break;
+  case 11: {
+    unsigned slots = input_byte();
+    exchange(slots, slots / MAX_LOCKS);
+    break;
+  }
+  case 12:
+    run.at_end = input_byte();
+    break;
+  case 13:
+    for (unsigned slot = 0; slot < MAX_LOCKS; slot++) lock_end(slot);
+    break;
+  case 14:
+    lock_end(input_byte());
+    break;
+  case 15:
+    fails_in = input_byte() % 8;
+    break;
+  }
+}
+
 /* ---- the program ----------------------------------------------------------------------- */
 
 static enum outcome input_outcome(void) {
@@ -1618,7 +2070,12 @@ static enum outcome input_outcome(void) {
 
 /* One instruction: of the client, or of the server. */
 static void instruct(void) {
-  unsigned op = input_byte() % 40;
+  unsigned op = input_byte();
+  if (op >= 240) {
+    owners_instruct(op - 240);
+    return;
+  }
+  op %= 40;
   if (run.honest && op >= 36) op -= 6;
   trace("%u at %.3f s", op, now);
   switch (op) {
@@ -1659,7 +2116,7 @@ static void instruct(void) {
     call_simple(CONNECTION_METHODS, "cancel");
     break;
   case 14:
-    if (push_lock(input_byte())) scope_end(TOP + 1);
+    lock_end(input_byte());
     break;
   case 15: /* collected, unless there is another reference */
     lua_pushnil(L);
@@ -1846,7 +2303,9 @@ static void compare_locks(void) {
  * when there is no lock any more, nor a transaction that one has begun. */
 static void compare(void) {
   threads_refused = deaf = false;
+  fails_in = 0;
   if (!settle()) return;
+  nothing_must_stay();
   no_savepoint_must_be_left();
   push_call(CORE, "in_transaction");
   call("in_transaction", 1);
@@ -1912,6 +2371,23 @@ static void push_core(void) {
   lua_getfield(L, CORE, "lock");
   lua_pushnil(L);
   lua_newtable(L);
+  lua_newtable(L); /* of a lock that has joined another one: how often on_end was told */
+  lua_createtable(L, 0, 1);
+  lua_pushliteral(L, "k");
+  lua_setfield(L, -2, "__mode");
+  lua_setmetatable(L, -2);
+  lua_setfield(L, LUA_REGISTRYINDEX, "fuzz joined");
+}
+
+/* With the same on its stack. */
+static lua_State *thread(const char *name) {
+  lua_State *made = lua_newthread(L);
+  lua_setfield(L, LUA_REGISTRYINDEX, name);
+  for (int i = 1; i <= TOP; i++) {
+    lua_pushvalue(L, i);
+    lua_xmove(L, made, 1);
+  }
+  return made;
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -1929,8 +2405,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   told_failed = may_end = may_commit = false;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
-  threads_refused = deaf = cancel_arrived = false;
+  threads_refused = deaf = cancel_arrived = memory_failed = false;
+  fails_in = 0;
+  kept = 0;
   now = 1000;
+  run.tried = -1;
   run.honest = mode & 1;
   run.silent = (mode & 6) == 2;
   run.closes = (mode & 6) == 4;
@@ -1940,13 +2419,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   L = harness_state();
   push_core();
   connect_client(!run.honest && (mode & 0xf0) == 0xf0);
-  meanwhile = lua_newthread(L);
-  lua_setfield(L, LUA_REGISTRYINDEX, "fuzz meanwhile");
-  for (int i = 1; i <= TOP; i++) {
-    lua_pushvalue(L, i);
-    lua_xmove(L, meanwhile, 1);
-  }
+  meanwhile = thread("fuzz meanwhile");
+  ending = thread("fuzz ending");
   if (run.connected) {
+    push_call(CORE, "configure");
+    lua_createtable(L, 0, 1);
+    lua_pushcfunction(L, on_end);
+    lua_setfield(L, -2, "on_end");
+    call("configure", 2);
+    lua_settop(L, TOP);
     if (run.scheduled) configure("scheduled", true);
     if ((mode & 0x30) == 0x10) configure("deferred", true);
     while (input_left()) {
@@ -1957,6 +2438,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     for (unsigned slot = 0; slot < MAX_LOCKS; slot++)
       if (push_lock(slot)) ask_held();
     locks();
+    nothing_must_stay();
     if (run.honest && peer >= 0) compare();
     if (mode & 0x40) {
       close_connection();
@@ -1965,6 +2447,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
   }
   if (mode & 0x80) threads_run();
+  fails_in = 0;
+  run.ends = true; /* from now on it only counts */
   lua_close(L);
   threads_run();
   hang_up();
