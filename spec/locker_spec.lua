@@ -542,6 +542,18 @@ local function under(name, loop)
       kept:release()
     end)
 
+    test("the end of a lock that could not be told is found out", function()
+      local one, got = locker(), nil
+      local lock = one:lock "x"
+      support.core.let_go(lock) -- as without memory for more
+      local again = one:try_lock "x"
+      assert.is_true(again:check())
+      begin(function() got = one:lock("x", { timeout = 5 }) end)
+      support.core.let_go(again)
+      wait_for("who waits", function() return got end)
+      got:release()
+    end)
+
     -- ---- loss -----------------------------------------------------------------------------
 
     test("a lost connection loses its own locks alone", function()

@@ -214,6 +214,13 @@ local function part(turns, entry)
   entry.state, entry.link, entry.holders, entry.owners = nil, nil, 0, nil
 end
 
+-- Was it let go behind our back: by something else in the session, or without the memory to tell us?
+local function look_at(turns, entry, lock)
+  if entry.state ~= "held" or not entry.link:is_alive() or core.holds(entry.link.conn, lock.key) then return end
+  part(turns, entry)
+  turns:advance(entry)
+end
+
 -- To the first in the queue; and to those behind him, who can hold it at the same time.
 local function hand_on(turns, entry)
   local ticket = first_of(entry)
@@ -614,7 +621,7 @@ local function wait(ticket)
       ticket.looked_at, ticket.token = now, scheduler.token()
       scheduler.park(math.min(left, looks_every(ticket)))
     end
-    if not ticket.outcome and entry.state == "held" then entry.link:is_alive() end
+    if not ticket.outcome then look_at(turns, entry, ticket.lock) end
   end
 end
 
@@ -647,7 +654,8 @@ end
 function Turns:acquire(lock, id, shared, timeout)
   local now, living = core.now(), self.scheduler.living and self.scheduler.living()
   local owner, entry = self:owner(living), entry_of(self, id)
-  if entry.state == "held" and not entry.link:is_alive() then entry = entry_of(self, id) end
+  look_at(self, entry, lock)
+  if self.entries[id] ~= entry then entry = entry_of(self, id) end
   local ticket = setmetatable({
     entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
     deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner,
@@ -691,10 +699,7 @@ local function call(turns, lock, fn, ...) return entry_held_by(turns, lock).link
 function Turns:check(lock, check, ...)
   local entry = self.entries[core.identity(lock) or ""]
   local ok, err = pcall(call, self, lock, function(_, ...) return check(lock, ...) end, ...)
-  if entry and entry.state == "held" and not core.holds(entry.link.conn, lock.key) then
-    part(self, entry) -- something has let go of it behind our back
-    self:advance(entry)
-  end
+  if entry then look_at(self, entry, lock) end
   if not ok then error(err, 0) end
   return true
 end
