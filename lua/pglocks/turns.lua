@@ -55,8 +55,8 @@ local function new(keywords, options, settings, on_lost)
 end
 
 -- What a coroutine waits by, and what a link is asked with: { entry =, lock = a closed one, shared =, once = it
--- only tries, began =, deadline =, owner =, contended = somebody else had it, living = of whom it is told when
--- they end, or nil, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
+-- only tries, began =, deadline =, owner =, contended = somebody else had it, living = the life of its request,
+-- or nil, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
 -- knows; "busy", "timeout", "deadlock" or an error object }. No more than 16 fields: these are half as large.
 local Ticket = {}
 Ticket.__index = Ticket
