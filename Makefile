@@ -165,7 +165,7 @@ fuzz:
 	@fuzz/run keys server
 
 # What a target defines as __wrap_x is called for x, by our sources alone.
-build/fuzz/%: fuzz/%.c fuzz/harness.c fuzz/harness.h $(SOURCES) src/pglocks.h src/compat.h Makefile
+build/fuzz/%: fuzz/%.c fuzz/harness.c fuzz/harness.h $(SOURCES) $(wildcard src/*.h) Makefile
 	@mkdir -p $(@D)
 	$(FUZZ_CC) -D_GNU_SOURCE $(STANDARD) $(WARNINGS) $(FUZZ) -I$(LUA_INCDIR) -I$(PQ_INCDIR) \
 	  $(LDFLAGS) $$(grep -oh '__wrap_[A-Za-z_]*' $< | sort -u | sed 's/__wrap_/-Wl,--wrap=/') \

@@ -59,6 +59,8 @@ build = {
         "src/holding.c",
         "src/names.c",
         "src/lock.c",
+        "src/options.c",
+        "src/share.c",
         "src/transaction.c",
         "src/notify.c",
         "src/query.c",

@@ -777,7 +777,10 @@ local function under(name, loop)
       local transaction = one:lock("z", { scope = "transaction" })
       assert.same({ nil, "busy" }, { one:try_lock "y" })
       assert.same({ nil, "busy" }, { one:try_lock "z" })
-      for _, lock in ipairs { a, b, polled, transaction } do assert.is_true(lock:release()) end
+      local shown = one:lock("s", { comment = "why" })
+      assert.same({ nil, "busy" }, { one:try_lock "s" })
+      assert.same({}, one:locks())
+      for _, lock in ipairs { a, b, polled, transaction, shown } do assert.is_true(lock:release()) end
       local all = one:lock_all { "y", "z" }
       assert.same({ nil, "busy" }, { one:try_lock "y" })
       all:release()

@@ -3,58 +3,28 @@
  * An error of an acquire or a release does not say whether the session holds the lock: a
  * lock_timeout or a cancel may strike when the lock has just been granted. So after every error
  * the guard asks pg_locks, and adopts the lock or lets it go, before anybody is told. */
-#include "pglocks.h"
+#include "lock.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define LONG_WAIT 0.1 /* seconds, in which the network may have gone */
-#define MOST_KEYS 1000000 /* more than any server can lock */
-#define MOST_SLOTS 1000
 #define HASTY 4 /* releases in a row, each sent at once */
 #define PATIENTLY "pglocks patiently"
-#define LONGEST_TIMEOUT 2147483.0 /* seconds; lock_timeout is an int of milliseconds */
-
-/* A lock in LOCK_HELD is held as long as its session is open and its holding of its generation. */
-enum lock_state { LOCK_CLOSED, LOCK_ACQUIRING, LOCK_HELD, LOCK_RELEASED, LOCK_LOST };
-
-struct member {
-  struct holding *holding;  /* while held, and afterwards no longer its own */
-  unsigned long generation; /* of the holding */
-  struct key key;
-  const char *name; /* as it was given, in the userdata too; NULL: it was none */
-  size_t name_length;
-};
-
-struct lock {
-  enum magic magic;
-  enum lock_state state;
-  bool shared, acquired, many; /* many: made by lock_all, be it of one key */
-  bool transaction;            /* of its scope */
-  bool draws;                  /* a token with every acquire */
-  bool joined;                 /* beside another one: on_end is told of its scope's end */
-  int slot;                    /* of a semaphore; 0: none */
-  unsigned long began;         /* the number of the transaction that began with it; 0: none */
-  uint64_t token;
-  struct session *session;     /* NULL: collected */
-  double waited;               /* seconds */
-  size_t count;
-  struct member members[]; /* in the order of key_compare, each key once */
-};
 
 /* Not counted in its holding, or the server does not hold that any more. */
 static bool member_lost(const struct member *m) {
   return m->holding->generation != m->generation;
 }
 
-static void member_count(struct member *m) {
+void member_count(struct member *m) {
   m->holding->count++;
   m->generation = m->holding->generation;
 }
 
 /* What is gone while the session lives went with its transaction, or against the rules. */
-static enum lock_state lock_state(const struct lock *lock) {
+enum lock_state lock_state(const struct lock *lock) {
   for (size_t i = 0; lock->state == LOCK_HELD && i < lock->count; i++)
     if (member_lost(&lock->members[i])) return lock->transaction ? LOCK_RELEASED : LOCK_LOST;
   return lock->state;
@@ -134,7 +104,7 @@ void holdings_push(lua_State *L, const struct session *s, bool any) {
   lua_settop(L, result);
 }
 
-static void lock_describe(const struct lock *lock, char text[NAME_IN_MESSAGE]) {
+void lock_describe(const struct lock *lock, char text[NAME_IN_MESSAGE]) {
   const struct member *m = lock->members;
   if (lock->many)
     snprintf(text, NAME_IN_MESSAGE, "%zu key%s", lock->count, lock->count == 1 ? "" : "s");
@@ -534,234 +504,13 @@ static int acquire_finish(lua_State *L, struct session *s) {
 
 static const struct operation_kind acquiring = {"lock", true, acquire_advance, acquire_finish};
 
-struct options {
-  struct hashing hashing;
-  enum { SCOPE_DEFAULT, SCOPE_SESSION, SCOPE_TRANSACTION } scope;
-  bool shared, token, patient; /* patient: waits as the Lua files know */
-  int slots;                   /* of a semaphore; 0: none */
-  double timeout; /* < 0: none */
-  int comment;    /* stack index, or 0 */
-};
-
-double timeout_check(lua_State *L, int index, int argument, const char *what) {
-  double timeout;
-  if (lua_type(L, index) != LUA_TNUMBER)
-    type_error(L, argument, lua_pushfstring(L, "%s: number of seconds", what), index);
-  timeout = lua_tonumber(L, index);
-  if (!(timeout >= 0) || isinf(timeout))
-    argument_error(L, argument,
-                   lua_pushfstring(L, "%s: finite number of seconds, not negative, expected", what));
-  return fmin(timeout, LONGEST_TIMEOUT);
-}
-
-static bool boolean_check(lua_State *L, const char *option, int index) {
-  if (!lua_isboolean(L, index))
-    type_error(L, 2, lua_pushfstring(L, "option '%s': boolean", option), index);
-  return lua_toboolean(L, index);
-}
-
-static void scope_check(lua_State *L, int index, struct options *o) {
-  const char *scope = is_name(L, index) ? lua_tostring(L, index) : "";
-  if (strcmp(scope, "session") == 0)
-    o->scope = SCOPE_SESSION;
-  else if (strcmp(scope, "transaction") == 0)
-    o->scope = SCOPE_TRANSACTION;
-  else
-    argument_error(L, 2, "option 'scope': \"session\" or \"transaction\" expected");
-}
-
-static void strategy_check(lua_State *L, int index, struct options *o) {
-  const char *strategy = is_name(L, index) ? lua_tostring(L, index) : "";
-  o->patient = strcmp(strategy, "notify") == 0 || strcmp(strategy, "poll") == 0;
-  if (!o->patient && strcmp(strategy, "queue") != 0)
-    argument_error(L, 2, "option 'strategy': \"queue\", \"notify\" or \"poll\" expected");
-}
-
-static void slots_check(lua_State *L, int index, struct options *o) {
-  double slots = lua_type(L, index) == LUA_TNUMBER ? lua_tonumber(L, index) : 0;
-  if (!(slots >= 1 && slots <= MOST_SLOTS && slots == floor(slots)))
-    argument_error(L, 2, "option 'slots': integer from 1 to 1000 expected");
-  o->slots = (int)slots;
-}
-
-static void option_check(lua_State *L, const char *option, int index, struct options *o) {
-  if (strcmp(option, "shared") == 0)
-    o->shared = boolean_check(L, option, index);
-  else if (strcmp(option, "token") == 0)
-    o->token = boolean_check(L, option, index);
-  else if (strcmp(option, "scope") == 0)
-    scope_check(L, index, o);
-  else if (strcmp(option, "strategy") == 0)
-    strategy_check(L, index, o);
-  else if (strcmp(option, "slots") == 0)
-    slots_check(L, index, o);
-  else if (strcmp(option, "timeout") == 0)
-    o->timeout = timeout_check(L, index, 2, "option 'timeout'");
-  else if (strcmp(option, "comment") == 0) {
-    if (lua_type(L, index) != LUA_TSTRING && !lua_isboolean(L, index))
-      type_error(L, 2, "option 'comment': string or boolean", index);
-    lua_pushvalue(L, index);
-    lua_replace(L, 4);
-    o->comment = lua_toboolean(L, 4) ? 4 : 0;
-  } else if (!key_option(L, option, index, 2, &o->hashing))
-    option_error(L, 2);
-}
-
-/* The options at 3; 4 is a place for the comment. */
-static void options_check(lua_State *L, struct options *o) {
-  memset(&o->hashing, 0, sizeof o->hashing);
-  o->scope = SCOPE_DEFAULT;
-  o->shared = o->token = o->patient = false;
-  o->slots = 0;
-  o->timeout = -1;
-  o->comment = 0;
-  if (lua_isnil(L, 3)) return;
-  if (!lua_istable(L, 3)) type_error(L, 2, "table of options", 3);
-  for (lua_pushnil(L); lua_next(L, 3); lua_pop(L, 1)) {
-    if (!is_name(L, -2)) option_error(L, 2);
-    option_check(L, lua_tostring(L, -2), lua_gettop(L), o);
-  }
-  if (o->token && o->scope == SCOPE_TRANSACTION)
-    argument_error(L, 2, "option 'token': a lock of session scope expected, not of a transaction");
-  if (o->slots > 0 && (o->shared || o->scope == SCOPE_TRANSACTION))
-    argument_error(L, 2, "option 'slots': an exclusive lock of session scope expected");
-}
-
-/* Of lock_all, and of check_all for it. */
-static void options_check_all(lua_State *L, struct options *o) {
-  options_check(L, o);
-  if (o->slots > 0) argument_error(L, 2, "option 'slots': one key expected, not many");
-}
-
-/* check(key, options): raises what conn:lock would raise about them. */
-static int check_arguments(lua_State *L) {
-  struct options o;
-  struct key key;
-  lua_settop(L, 2);
-  lua_pushnil(L);
-  lua_insert(L, 1);
-  lua_settop(L, 4);
-  options_check(L, &o);
-  key_check(L, 2, 3, 1, 0, &o.hashing, &key);
-  return 0;
-}
-
-/* The SQL comment that shows an administrator who locks what, and where in the program. No byte
- * of the name or of the caller's own text can end it. */
-static const char *comment_push(lua_State *L, int text, const struct lock *lock) {
-  char key[NAME_IN_MESSAGE], place[NAME_IN_MESSAGE], extra[NAME_IN_MESSAGE] = "";
-  size_t length;
-  const char *string;
-  lock_describe(lock, key);
-  push_caller(L);
-  string = lua_tolstring(L, -1, &length);
-  text_escape(string, length, place, sizeof place);
-  if (lua_type(L, text) == LUA_TSTRING) {
-    string = lua_tolstring(L, text, &length);
-    text_escape(string, length, extra, sizeof extra);
-  }
-  lua_pop(L, 1);
-  return lua_pushfstring(L, "/* pglocks %s at %s%s%s */ ", key, place, *extra ? ": " : "", extra);
-}
-
-/* The list of keys at 2: how many, and the bytes of its names. */
-static size_t list_check(lua_State *L, size_t *names_length) {
-  size_t count, found = 0;
-  if (!lua_istable(L, 2)) type_error(L, 1, "list of keys", 2);
-  count = lua_rawlen(L, 2);
-  for (lua_pushnil(L); lua_next(L, 2); lua_pop(L, 1)) {
-    if (lua_type(L, -1) == LUA_TSTRING) *names_length += lua_rawlen(L, -1);
-    found++;
-  }
-  if (count == 0 || found != count)
-    argument_error(L, 1, found == 0 ? "at least one key expected, got an empty list"
-                                    : "list of keys expected, got another table");
-  if (count > MOST_KEYS) argument_error(L, 1, "at most 1000000 keys expected");
-  return count;
-}
-
-static int compare_members(const void *a, const void *b) {
-  return key_compare(&((const struct member *)a)->key, &((const struct member *)b)->key);
-}
-
-static void sort_members(struct lock *lock) {
-  struct member *m = lock->members;
-  size_t i = 1, kept = 1;
-  while (i < lock->count && compare_members(&m[i - 1], &m[i]) < 0) i++;
-  if (i == lock->count) return; /* as most lists are */
-  qsort(m, lock->count, sizeof *m, compare_members);
-  for (i = 1; i < lock->count; i++)
-    if (!key_equal(&m[i].key, &m[kept - 1].key)) m[kept++] = m[i];
-  lock->count = kept;
-}
-
-/* The key at `index`; a name is copied to `names`, where there is room for `room` bytes. */
-static size_t member_read(lua_State *L, int index, int element, const struct options *o,
-                          struct member *m, char *names, size_t room) {
-  m->holding = NULL;
-  m->generation = 0; /* no holding's */
-  m->name = NULL;
-  m->name_length = 0;
-  key_check(L, index, 3, 1, element, &o->hashing, &m->key);
-  if (lua_type(L, index) != LUA_TSTRING) return 0;
-  m->name = lua_tolstring(L, index, &m->name_length);
-  if (m->name_length > room) argument_error(L, 1, "the list of keys was changed meanwhile");
-  m->name = memcpy(names, m->name, m->name_length);
-  return m->name_length;
-}
-
-/* check_all(keys, options): raises what conn:lock_all would raise about them. */
-static int check_all_arguments(lua_State *L) {
-  struct options o;
-  struct key key;
-  size_t count, names_length = 0;
-  lua_settop(L, 2);
-  lua_pushnil(L);
-  lua_insert(L, 1);
-  lua_settop(L, 4);
-  options_check_all(L, &o);
-  count = list_check(L, &names_length);
-  for (size_t i = 1; i <= count; i++) {
-    lua_rawgeti(L, 2, (int)i);
-    key_check(L, 5, 3, 1, (int)i, &o.hashing, &key);
-    lua_pop(L, 1);
-  }
-  return 0;
-}
-
 /* From now on it is one of the connection at `index`, or of that of the lock there. */
-static void lock_bind(lua_State *L, int lock_index, int index, struct lock *lock,
+void lock_bind(lua_State *L, int lock_index, int index, struct lock *lock,
                       struct session *s) {
   push_environment(L, index);
   set_environment(L, lock_index);
   lock->session = s;
   s->refs++;
-}
-
-/* Of no connection yet. */
-static struct lock *lock_make(lua_State *L, bool many, const struct options *o) {
-  size_t names_length = !many && lua_type(L, 2) == LUA_TSTRING ? lua_rawlen(L, 2) : 0;
-  size_t count = many ? list_check(L, &names_length) : 1, used = 0;
-  struct lock *lock =
-      new_userdata(L, sizeof *lock + count * sizeof *lock->members + names_length);
-  char *names = (char *)&lock->members[count];
-  memset(lock, 0, sizeof *lock);
-  lock->magic = LOCK_MAGIC;
-  lock->state = LOCK_CLOSED;
-  lock->shared = o->shared;
-  lock->transaction = o->scope == SCOPE_TRANSACTION;
-  lock->draws = o->token;
-  lock->many = many;
-  lock->count = count;
-  if (!many) member_read(L, 2, 0, o, lock->members, names, names_length);
-  for (size_t i = 0; many && i < count; i++) {
-    lua_rawgeti(L, 2, (int)i + 1);
-    used += member_read(L, lua_gettop(L), (int)i + 1, o, &lock->members[i], names + used,
-                        names_length - used);
-    lua_pop(L, 1);
-  }
-  if (many) sort_members(lock);
-  return lock;
 }
 
 /* The lock exists, closed, before anything is sent: nothing that Lua may refuse comes after. */
@@ -933,6 +682,50 @@ static int start_try_lock_all(lua_State *L) { return acquire_start(L, DEMAND_TRY
 
 static int start_attempt(lua_State *L) { return acquire_start(L, DEMAND_ATTEMPT, false); }
 
+/* try_each(conn, locks): tries the keys of closed locks, all of one mode, each for itself. `finish` returns
+ * one lock on those that it got, for others to join, and the error if the statement failed. */
+static int start_try_each(lua_State *L) {
+  struct session *s = connection_check(L, 1);
+  size_t count = lua_rawlen(L, 2);
+  struct lock *lock;
+  luaL_checktype(L, 2, LUA_TTABLE);
+  luaL_argcheck(L, count > 0, 2, "at least one lock expected");
+  lock = new_userdata(L, sizeof *lock + count * sizeof *lock->members);
+  memset(lock, 0, sizeof *lock);
+  lock->magic = LOCK_MAGIC;
+  lock->many = true;
+  lock->count = count;
+  luaL_setmetatable(L, LOCK_TYPE);
+  for (size_t i = 0; i < count; i++) {
+    struct lock *one;
+    lua_rawgeti(L, 2, (int)i + 1);
+    one = check_userdata(L, -1, LOCK_TYPE, sizeof *one, LOCK_MAGIC);
+    lock->shared = one->shared;
+    lock->members[i] = one->members[0];
+    lua_pop(L, 1); /* the list keeps it, and its name */
+  }
+  lock_sort(lock);
+  lock_bind(L, 3, 1, lock, s);
+  connection_ready(L, 1, s);
+  scopes_check(L, s, lock);
+  if (!command_reserve(s, lock->count) || !find_holdings(s, lock))
+    return luaL_error(L, "not enough memory");
+  for (size_t i = 0; i < lock->count; i++) lock->members[i].name = NULL;
+  operation_begin(s, &acquiring, s->reply_timeout);
+  s->op.lock = lock;
+  s->op.demand = DEMAND_LOCK; /* it raises what it cannot say of each */
+  s->op.timeout = 0;
+  s->op.each = true;
+  lock->state = LOCK_ACQUIRING;
+  ask_for_all(s, lock);
+  if (s->op.asked.count == 0)
+    got_some(s);
+  else
+    go(s, doubts_asked(s) ? SETTLE : MAIN);
+  slot_set(L, 1, SLOT_PENDING);
+  return 0;
+}
+
 /* ---- release --------------------------------------------------------------------------- */
 
 static void release_advance(struct session *s) {
@@ -975,13 +768,13 @@ static const struct operation_kind releasing = {"release", false, release_advanc
                                                 release_finish};
 
 /* Ours to hold locks: close() has let go of all. */
-static bool is_ours(const struct session *s) {
+bool holds_locks(const struct session *s) {
   return s->state == SESSION_OPEN && !s->closing && !session_is_foreign(s);
 }
 
 /* Lets go of a lock. What the server must let go then is added to the chain, or in doubt. */
 static void lock_leave(struct session *s, struct lock *lock, struct chain *chain) {
-  bool ours = is_ours(s);
+  bool ours = holds_locks(s);
   /* Behind a try of others', too; but not in the way of a cancel, which may strike what comes next. */
   bool behind = s->op.kind == &releasing || (s->op.each && s->op.lock != lock && s->cancel == NULL);
   bool sends = !s->transaction_failed && (s->op.kind == NULL || behind);
@@ -1006,7 +799,7 @@ static void lock_leave(struct session *s, struct lock *lock, struct chain *chain
 }
 
 /* Without waiting for the answer. */
-static void release_now(struct session *s, struct lock *lock) {
+void release_now(struct session *s, struct lock *lock) {
   struct chain chain = {.kind = LEAVING};
   bool ends = owns_transaction(s, lock);
   lock_leave(s, lock, &chain);
@@ -1156,14 +949,14 @@ static void conclude(struct session *s) {
 
 /* ---- methods --------------------------------------------------------------------------- */
 
-static struct lock *lock_check(lua_State *L) {
+struct lock *lock_check(lua_State *L) {
   struct lock *lock = check_userdata(L, 1, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
   if (lock->session == NULL) luaL_argerror(L, 1, "this lock was collected");
   return lock;
 }
 
 /* Puts the connection of the lock at 1 before it. */
-static struct session *connection_insert(lua_State *L, const struct lock *lock) {
+struct session *connection_insert(lua_State *L, const struct lock *lock) {
   push_environment(L, 1);
   lua_rawgeti(L, -1, SLOT_CONNECTION);
   lua_insert(L, 1);
@@ -1229,7 +1022,7 @@ static int lock_held(lua_State *L) {
 
 /* Whoever had it join decides who holds next. Once: what is called may end the scope itself. */
 static void tell_end(lua_State *L, struct lock *lock) {
-  if (!lock->joined || lock_state(lock) != LOCK_HELD || !is_ours(lock->session)) return;
+  if (!lock->joined || lock_state(lock) != LOCK_HELD || !holds_locks(lock->session)) return;
   lock->joined = false;
   connection_insert(L, lock);
   connection_tell_end(L, 1);
@@ -1341,158 +1134,6 @@ static int connection_locks(lua_State *L) {
   connection_tell_loss(L, 1, s);
   holdings_push(L, s, open);
   return 1;
-}
-
-/* ---- for many owners on one connection -------------------------------------------------- */
-
-/* The bytes of a key. */
-static void identity_push(lua_State *L, const struct key *key) {
-  char bytes[sizeof key->classid + sizeof key->objid + 1];
-  memcpy(bytes, &key->classid, sizeof key->classid);
-  memcpy(bytes + sizeof key->classid, &key->objid, sizeof key->objid);
-  bytes[sizeof bytes - 1] = (char)key->objsubid;
-  lua_pushlstring(L, bytes, sizeof bytes);
-}
-
-/* closed_lock(key, options): a lock of no connection yet, the string of its key, whether it is to be shared,
- * its timeout or nil, whether a token is asked for; and whether anything is that takes a connection of its
- * own. Raises what conn:lock would raise about them. */
-static int closed_lock(lua_State *L) {
-  struct options o;
-  struct lock *lock;
-  lua_settop(L, 2);
-  lua_pushnil(L);
-  lua_insert(L, 1);
-  lua_settop(L, 4);
-  options_check(L, &o);
-  lock = lock_make(L, false, &o);
-  lock->draws = false;
-  luaL_setmetatable(L, LOCK_TYPE);
-  identity_push(L, &lock->members[0].key);
-  lua_pushboolean(L, o.shared);
-  if (o.timeout >= 0)
-    lua_pushnumber(L, o.timeout);
-  else
-    lua_pushnil(L);
-  lua_pushboolean(L, o.token);
-  lua_pushboolean(L, o.patient || o.slots > 0 || o.scope == SCOPE_TRANSACTION);
-  return 6;
-}
-
-/* standing(lock): the string of its key; nothing when it is not held. Raises lost, once, and forked. */
-static int standing(lua_State *L) {
-  struct lock *lock = lock_check(L);
-  struct session *s = connection_insert(L, lock);
-  enum lock_state state;
-  if (session_is_foreign(s)) connection_ready(L, 1, s);
-  session_alive(s);
-  connection_tell_loss(L, 1, s);
-  state = lock_state(lock);
-  if (state == LOCK_HELD && is_ours(s)) {
-    identity_push(L, &lock->members[0].key);
-    return 1;
-  }
-  if (lock->state == LOCK_HELD && s->state != SESSION_CLOSED && !s->closing) {
-    struct failure failure = s->loss;
-    if (s->state != SESSION_LOST) failure_set(&failure, LOST, "", NOT_HELD_MESSAGE);
-    failure.code = LOST;
-    release_now(s, lock);
-    failure_push(L, &failure, &lock->members[0].key);
-    lua_error(L);
-  }
-  return 0;
-}
-
-/* identity(lock): the string of its key; nothing when it is known not to be held. */
-static int identity(lua_State *L) {
-  struct lock *lock = lock_check(L);
-  if (lock_state(lock) != LOCK_HELD || !is_ours(lock->session)) return 0;
-  identity_push(L, &lock->members[0].key);
-  return 1;
-}
-
-/* leaves(conn, lock): is a release of the lock's key under way? */
-static int leaves(lua_State *L) {
-  struct session *s = connection_check(L, 1);
-  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
-  lua_pushboolean(L, is_ours(s) && holding_leaves(s, &lock->members[0].key));
-  return 1;
-}
-
-/* try_each(conn, locks): tries the keys of closed locks, all of one mode, each for itself. `finish` returns
- * one lock on those that it got, for others to join, and the error if the statement failed. */
-static int start_try_each(lua_State *L) {
-  struct session *s = connection_check(L, 1);
-  size_t count = lua_rawlen(L, 2);
-  struct lock *lock;
-  luaL_checktype(L, 2, LUA_TTABLE);
-  luaL_argcheck(L, count > 0, 2, "at least one lock expected");
-  lock = new_userdata(L, sizeof *lock + count * sizeof *lock->members);
-  memset(lock, 0, sizeof *lock);
-  lock->magic = LOCK_MAGIC;
-  lock->many = true;
-  lock->count = count;
-  luaL_setmetatable(L, LOCK_TYPE);
-  for (size_t i = 0; i < count; i++) {
-    struct lock *one;
-    lua_rawgeti(L, 2, (int)i + 1);
-    one = check_userdata(L, -1, LOCK_TYPE, sizeof *one, LOCK_MAGIC);
-    lock->shared = one->shared;
-    lock->members[i] = one->members[0];
-    lua_pop(L, 1); /* the list keeps it, and its name */
-  }
-  sort_members(lock);
-  lock_bind(L, 3, 1, lock, s);
-  connection_ready(L, 1, s);
-  scopes_check(L, s, lock);
-  if (!command_reserve(s, lock->count) || !find_holdings(s, lock))
-    return luaL_error(L, "not enough memory");
-  for (size_t i = 0; i < lock->count; i++) lock->members[i].name = NULL;
-  operation_begin(s, &acquiring, s->reply_timeout);
-  s->op.lock = lock;
-  s->op.demand = DEMAND_LOCK; /* it raises what it cannot say of each */
-  s->op.timeout = 0;
-  s->op.each = true;
-  lock->state = LOCK_ACQUIRING;
-  ask_for_all(s, lock);
-  if (s->op.asked.count == 0)
-    got_some(s);
-  else
-    go(s, doubts_asked(s) ? SETTLE : MAIN);
-  slot_set(L, 1, SLOT_PENDING);
-  return 0;
-}
-
-/* join(conn, lock, waited): a closed lock becomes one more on what the connection holds of its key and mode.
- * False: it holds nothing of that. */
-static int join(lua_State *L) {
-  struct session *s = connection_check(L, 1);
-  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
-  struct member *m = lock->members;
-  bool held;
-  if (lock->session != NULL) return luaL_error(L, "this lock was used before");
-  m->holding = is_ours(s) ? holding_get(s, &m->key, lock->shared, false) : NULL;
-  held = m->holding != NULL && m->holding->count > 0;
-  if (held) {
-    lock_bind(L, 2, 1, lock, s);
-    if (m->holding->count == 1) holding_set_name(m->holding, m->name, m->name_length);
-    member_count(m);
-    lock->state = LOCK_HELD;
-    lock->acquired = lock->joined = true;
-    lock->waited = luaL_optnumber(L, 3, 0);
-  } else if (m->holding != NULL)
-    holding_put(s, m->holding);
-  lua_pushboolean(L, held);
-  return 1;
-}
-
-/* bind(conn, lock): a closed lock that was not to be had, for its methods. */
-static int bind(lua_State *L) {
-  struct session *s = connection_check(L, 1);
-  struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
-  if (lock->session != NULL) return luaL_error(L, "this lock was used before");
-  lock_bind(L, 2, 1, lock, s);
-  return 0;
 }
 
 static const luaL_Reg lock_metamethods[] = {{"__close", lock_scope_end},
@@ -1610,24 +1251,18 @@ static int annotate(lua_State *L) {
 
 static const luaL_Reg functions[] = {{"annotate", annotate},
                                      {"attempt", attempt},
-                                     {"bind", bind},
-                                     {"check", check_arguments},
-                                     {"check_all", check_all_arguments},
-                                     {"closed_lock", closed_lock},
                                      {"connection_of", connection_of},
                                      {"exchange", exchange},
                                      {"holds", holds},
-                                     {"identity", identity},
-                                     {"join", join},
-                                     {"leaves", leaves},
                                      {"let_go", let_go_now},
                                      {"patiently", patiently},
                                      {"send_late", send_late},
-                                     {"standing", standing},
                                      {NULL, NULL}};
 
 void lock_open(lua_State *L) {
   luaL_setfuncs(L, functions, 0);
+  options_open(L);
+  share_open(L);
   lua_getfield(L, -1, "start");
   luaL_setfuncs(L, starters, 0);
   lua_getfield(L, -2, "connection");

@@ -611,7 +611,7 @@ void holdings_free(struct session *s);
 
 void names_open(lua_State *L);
 
-/* ---- lock.c --------------------------------------------------------------------------- */
+/* ---- lock.c, and options.c and share.c, with a contract of their own in lock.h ---------- */
 
 /* Seconds >= 0, clamped to what PostgreSQL can count; or raises. */
 double timeout_check(lua_State *L, int index, int argument, const char *what);
