@@ -215,14 +215,17 @@ static int error_tostring(lua_State *L) {
   return 1;
 }
 
-/* raise(code, message): an error object for the Lua files. */
+/* raise(code, message, key): an error object for the Lua files. */
 static int raise_error(lua_State *L) {
-  const char *name = luaL_checkstring(L, 1);
+  const char *name = luaL_checkstring(L, 1), *message = luaL_checkstring(L, 2);
   enum code code = SERVER;
+  struct failure failure;
+  lua_settop(L, 3);
   for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
     if (strcmp(codes[i].name, name) == 0) code = codes[i].code;
-  raise_failure(L, code, luaL_checkstring(L, 2));
-  return 0;
+  failure_set(&failure, code, "", "%s", message);
+  failure_push(L, &failure, key_test(L, 3));
+  return lua_error(L);
 }
 
 /* ---- the module ------------------------------------------------------------------------ */

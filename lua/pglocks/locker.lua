@@ -91,14 +91,8 @@ local function get(self, method, key, options, default)
   error(outcome, 0)
 end
 
-local function raise(code, message, key)
-  local _, err = pcall(core.raise, code, message)
-  err.key = key
-  error(err, 0)
-end
-
 local function raise_deadlock(key, lock)
-  raise("deadlock", ("%s is held, or waited for, by a coroutine that waits for this one")
+  core.raise("deadlock", ("%s is held, or waited for, by a coroutine that waits for this one")
     :format(core.describe(key, lock.key)), lock.key)
 end
 
@@ -114,7 +108,7 @@ function Locker:lock(key, options)
   if lock then return lock end
   if why == "deadlock" then raise_deadlock(key, closed) end
   local timeout = options and options.timeout or TIMEOUT
-  raise("timeout", ("no lock on %s%s"):format(core.describe(key, closed.key),
+  core.raise("timeout", ("no lock on %s%s"):format(core.describe(key, closed.key),
     why == "busy" and ": somebody holds it" or (" within %.7g s"):format(timeout)), closed.key)
 end
 

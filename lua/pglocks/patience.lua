@@ -22,12 +22,6 @@ local function without(options, ...)
   return rest
 end
 
-local function fail(code, message, key)
-  local _, err = pcall(core.raise, code, message)
-  err.key = key
-  error(err, 0)
-end
-
 -- ---- a wait -----------------------------------------------------------------------------
 
 -- Its deadline, its pauses, and what it listens to. To be closed.
@@ -278,7 +272,7 @@ local function by_slots(conn, method, key, options)
   local waits = options.timeout ~= 0 and (method == "lock" or options.timeout)
   if lock or not waits then return lock end
   if self:is_all_ours(conn) then
-    fail("deadlock", "this connection has all of the slots itself, and would wait for ever", self.base)
+    core.raise("deadlock", "this connection has all of the slots itself, and would wait for ever", self.base)
   end
   local left = options.timeout and math.max(0.001, options.timeout - (core.now() - began))
   local wait = new_wait(conn, left)
@@ -305,10 +299,10 @@ local function patiently(conn, method, key, options)
   if not METHODS[method] then return nil, tries and "busy" or "timeout" end
   local message = tries and "no lock on %s: somebody holds it" or "no lock on %s within %.7g s"
   if method == "lock_all" then
-    fail("timeout", message:format(#key .. (#key == 1 and " key" or " keys"), timeout))
+    core.raise("timeout", message:format(#key .. (#key == 1 and " key" or " keys"), timeout))
   end
   local locked = keys_of(method, key, options)[1]
-  fail("timeout", message:format(core.describe(key, locked), timeout), locked)
+  core.raise("timeout", message:format(core.describe(key, locked), timeout), locked)
 end
 
 core.patiently(patiently)

@@ -485,7 +485,8 @@ function core.own_source(source) end
 --- Raises an error object.
 ---@param code pglocks.code  any other becomes "server"
 ---@param message string
-function core.raise(code, message) end
+---@param key? pglocks.key  that it is about
+function core.raise(code, message, key) end
 
 --- Raises an argument error on the line that called pglocks.
 ---@param argument integer  counted without the connection
