@@ -101,7 +101,7 @@ local function measure_waiting(name, waiting)
   local observer = pglocks.connect { conninfo = CONNINFO, scheduler = "blocking" }
   local held = observer:lock(1)
   pglocks.setup {
-    databases = { default = { conninfo = CONNINFO, pool_size = waiting + 1, timeout = 60 } },
+    databases = { default = { conninfo = CONNINFO, dedicated = true, pool_size = waiting + 1, timeout = 60 } },
     scheduler = name,
   }
   loop.run(function()
