@@ -264,7 +264,7 @@ local function under(name, loop)
     test("shares again when the other session has given up", function()
       local one, other = locker { handovers = 0 }, support.connect { scheduler = loop.scheduler }
       local lock, why, later = one:lock("x", { shared = true }), nil, nil
-      loop.spawn(function() why = select(2, other:try_lock("x", { timeout = 0.5 })) end)
+      loop.spawn(function() why = select(2, other:try_lock("x", { timeout = 0.5 * support.slow })) end)
       wait_for("the other one to wait", function() return support.is_waiting(other.backend_pid) end)
       begin(function() later = one:lock("x", { shared = true }) end)
       support.assert_code("deadlock", one.lock, one, "x", { shared = true }) -- behind who waits for this one
@@ -642,13 +642,13 @@ local function under(name, loop)
     end)
 
     test("who needs another connection than one that waits hears why it cannot be opened", function()
-      local one, other, got = locker { max_connections = 2, timeout = 0.2 }, support.connect(), nil
+      local one, other, got = locker { max_connections = 2 }, support.connect(), nil
       local theirs = other:lock "x"
       begin(function() got = one:lock "x" end)
       wait_until_queued()
       one:lock("y"):release()
       local port = one.keywords.port
-      one.keywords.port = "1"
+      one.keywords.port, one.options.timeout = "1", 0.2
       observe [[SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'locker'
         AND wait_event_type IS DISTINCT FROM 'Lock']]
       wait_for("the backend to end", function() return #sessions() == 1 end)
@@ -656,7 +656,7 @@ local function under(name, loop)
         support.assert_code("connect", one.lock, one, "y")
         support.assert_code("connect", one.try_lock, one, "y")
       end
-      one.keywords.port = port
+      one.keywords.port, one.options.timeout = port, nil
       local lock = one:lock "y"
       theirs:release()
       wait_for("x", function() return got end)
@@ -745,7 +745,7 @@ local function under(name, loop)
       end)
       wait_for("their upgrade to wait", function() return support.is_waiting(other.backend_pid) end)
       support.assert_code("deadlock", lock.upgrade, lock)
-      local got = one:lock("x", { shared = true, timeout = 1 })
+      local got = one:lock("x", { shared = true, timeout = 5 })
       assert.is_true(got:check())
       got:release()
       lock:release()
