@@ -105,6 +105,7 @@ function Link:try(requests, locks)
   self.doing = self.doing - #requests
   for _, request in ipairs(requests) do request.done(request, self, got, err, true) end
   if got then core.let_go(got) end -- of what nobody wants any more
+  for place = #requests, 1, -1 do requests[place], locks[place] = nil, nil end -- this stack may keep the lists
 end
 
 -- False: it is to be closed, because nobody needs it.

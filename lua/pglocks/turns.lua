@@ -633,6 +633,8 @@ local function leave(ticket)
     core.standing(ticket.lock)
     core.raise("closed", "this locker was closed")
   end
+  -- Where LuaJIT still finds the ticket, in the stack of a coroutine that sleeps, it keeps no lock from collection.
+  if is_granted then ticket.lock = nil end
   return is_granted or ticket.outcome
 end
 
@@ -777,12 +779,8 @@ function Turns:close(waits)
       one.cancelled = true
       one:cancel()
     end
-    if not waits then
-      one:close()
-    elseif not one.over then
-      pcall(one.call, one, core.scheduled.connection.close)
-      one:finish()
-    end
+    if waits and not one.over then pcall(one.call, one, core.scheduled.connection.close) end
+    one:close() -- also where nobody could wait
   end
 end
 
