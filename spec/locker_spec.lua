@@ -269,7 +269,7 @@ local function under(name, loop)
       begin(function() later = one:lock("x", { shared = true }) end)
       support.assert_code("deadlock", one.lock, one, "x", { shared = true }) -- behind who waits for this one
       assert.is_nil(later)
-      wait_for("the later one", function() return later end)
+      wait_for("both", function() return later and why end)
       assert.equal("timeout", why)
       assert.is_true(lock:check())
       lock:release()
