@@ -24,6 +24,7 @@ struct lock {
   bool joined;                 /* beside another one: on_end is told of its scope's end */
   int slot;                    /* of a semaphore; 0: none */
   unsigned long began;         /* the number of the transaction that began with it; 0: none */
+  lua_Integer owner;           /* as it was joined for, to tell apart many of one session; 0: none */
   uint64_t token;
   struct session *session;     /* NULL: collected */
   double waited;               /* seconds */

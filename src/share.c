@@ -38,7 +38,15 @@ static int closed_lock(lua_State *L) {
   return 6;
 }
 
-/* standing(lock): the string of its key; nothing when it is not held. Raises lost, once, and forked. */
+static int push_joined(lua_State *L, const struct lock *lock) {
+  identity_push(L, &lock->members[0].key);
+  if (lock->owner == 0) return 1;
+  lua_pushinteger(L, lock->owner);
+  return 2;
+}
+
+/* standing(lock): the string of its key, and whom it was joined for; nothing when it is not held. Raises
+ * lost, once, and forked. */
 static int standing(lua_State *L) {
   struct lock *lock = lock_check(L);
   struct session *s = connection_insert(L, lock);
@@ -47,10 +55,7 @@ static int standing(lua_State *L) {
   session_alive(s);
   connection_tell_loss(L, 1, s);
   state = lock_state(lock);
-  if (state == LOCK_HELD && holds_locks(s)) {
-    identity_push(L, &lock->members[0].key);
-    return 1;
-  }
+  if (state == LOCK_HELD && holds_locks(s)) return push_joined(L, lock);
   if (lock->state == LOCK_HELD && s->state != SESSION_CLOSED && !s->closing) {
     struct failure failure = s->loss;
     if (s->state != SESSION_LOST) failure_set(&failure, LOST, "", NOT_HELD_MESSAGE);
@@ -62,12 +67,12 @@ static int standing(lua_State *L) {
   return 0;
 }
 
-/* identity(lock): the string of its key; nothing when it is known not to be held. */
+/* identity(lock): the string of its key, and whom it was joined for; nothing when it is known not to be
+ * held. */
 static int identity(lua_State *L) {
   struct lock *lock = lock_check(L);
   if (lock_state(lock) != LOCK_HELD || !holds_locks(lock->session)) return 0;
-  identity_push(L, &lock->members[0].key);
-  return 1;
+  return push_joined(L, lock);
 }
 
 /* leaves(conn, lock): is a release of the lock's key under way? */
@@ -78,8 +83,8 @@ static int leaves(lua_State *L) {
   return 1;
 }
 
-/* join(conn, lock, waited): a closed lock becomes one more on what the connection holds of its key and mode.
- * False: it holds nothing of that. */
+/* join(conn, lock, waited, owner): a closed lock becomes one more on what the connection holds of its key and
+ * mode, for an owner, who is a number. False: it holds nothing of that. */
 static int join(lua_State *L) {
   struct session *s = connection_check(L, 1);
   struct lock *lock = check_userdata(L, 2, LOCK_TYPE, sizeof *lock, LOCK_MAGIC);
@@ -95,6 +100,7 @@ static int join(lua_State *L) {
     lock->state = LOCK_HELD;
     lock->acquired = lock->joined = true;
     lock->waited = luaL_optnumber(L, 3, 0);
+    lock->owner = luaL_optinteger(L, 4, 0);
   } else if (m->holding != NULL)
     holding_put(s, m->holding);
   lua_pushboolean(L, held);

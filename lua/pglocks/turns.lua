@@ -43,12 +43,12 @@ local function new(keywords, options, settings, on_lost)
     entries = {}, -- by the string of their key
     links = {}, -- that are open, or are being opened
     starved = {}, -- entries that no link is free to wait for
+    spare = {}, -- tables for an entry's owners, empty
     no_other_until = 0,
     -- Owners are coroutines, by number: what these leave behind is released when it is collected, and nobody
     -- who looks for a deadlock may keep it alive.
     numbers = setmetatable({}, { __mode = "k" }), -- by coroutine, or by request and coroutine
     owners = 0,
-    owner_of = setmetatable({}, { __mode = "k" }), -- by lock
     locks_of = {}, -- how many, by owner
     wanted_by = setmetatable({}, { __mode = "v" }), -- ticket by owner
   }, Turns)
@@ -56,7 +56,7 @@ end
 
 -- What a coroutine waits by, and what a link is asked with: { entry =, lock = a closed one, shared =, once = it
 -- only tries, began =, deadline =, owner =, contended = somebody else had it, living = the life of its request,
--- or nil, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
+-- or nil, left_at = when it counts as left alone, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
 -- knows; "busy", "timeout", "deadlock" or an error object }. No more than 16 fields: these are half as large.
 local Ticket = {}
 Ticket.__index = Ticket
@@ -120,12 +120,10 @@ local function step_out(entry, ticket)
   ticket.previous, ticket.next = nil, nil
 end
 
-local function looks_every(ticket) return ticket.living and LOOKS_OF_LIVING or LOOKS end
-
 -- The first who may still be there. One who was left out wrongly finds that when he looks, and comes back.
 local function first_of(entry)
   local first = entry.first
-  while first and first.looked_at and first.looked_at + LEFT_ALONE * looks_every(first) < core.now() do
+  while first and first.left_at and first.left_at < core.now() do
     step_out(entry, first)
     first = entry.first
   end
@@ -190,11 +188,10 @@ end
 -- One more lock on what the link holds. False: it does not hold that any more.
 local function grant(turns, entry, ticket)
   local waited = ticket.contended and core.now() - ticket.began or 0
-  if not core.join(entry.link.conn, ticket.lock, waited) then return false end
+  if not core.join(entry.link.conn, ticket.lock, waited, ticket.owner) then return false end
   entry.holders = entry.holders + 1
   add(entry.owners, ticket.owner, 1)
   add(turns.locks_of, ticket.owner, 1)
-  turns.owner_of[ticket.lock] = ticket.owner
   if ticket.living then
     ticket.living.things[ticket.lock], ticket.living.has_locks = true, true
   end
@@ -209,7 +206,12 @@ end
 
 -- It is held no longer, as far as we are concerned.
 local function part(turns, entry)
-  for owner, count in pairs(entry.owners) do add(turns.locks_of, owner, -count) end
+  local owners = entry.owners
+  for owner, count in pairs(owners) do
+    add(turns.locks_of, owner, -count)
+    owners[owner] = nil
+  end
+  turns.spare[#turns.spare + 1] = owners
   entry.link.held = entry.link.held - 1
   entry.state, entry.link, entry.holders, entry.owners = nil, nil, 0, nil
 end
@@ -235,7 +237,8 @@ end
 -- A link may hold the key, for those at the head of the queue. False: it does not, or nobody is there.
 local function take(turns, entry, on, shared)
   entry.state, entry.link, entry.shared = "held", on, shared
-  entry.since, entry.handed, entry.holders, entry.closing, entry.owners = core.now(), 0, 0, false, {}
+  entry.since, entry.handed, entry.holders, entry.closing = core.now(), 0, 0, false
+  entry.owners = table.remove(turns.spare) or {}
   on.held = on.held + 1
   hand_on(turns, entry)
   if entry.state and entry.holders == 0 then part(turns, entry) end
@@ -517,12 +520,12 @@ end
 
 -- ---- the end of locks -------------------------------------------------------------------
 
---- The scope of a lock ends, which has joined what the link holds. Never waits. id: of its key, where that is
---- known.
-function Turns:on_end(on, lock, id)
-  local entry = self.entries[id or core.identity(lock)]
+--- The scope of a lock ends, which has joined what the link holds. Never waits. id, owner: what core.identity
+--- tells of it, where that is known.
+function Turns:on_end(on, lock, id, owner)
+  if not id then id, owner = core.identity(lock) end
+  local entry = self.entries[id]
   if not entry or entry.state ~= "held" or entry.link ~= on then return end
-  local owner = self.owner_of[lock]
   if owner then
     add(entry.owners, owner, -1)
     add(self.locks_of, owner, -1)
@@ -545,12 +548,12 @@ end
 
 -- In the place of a connection's release.
 function Turns:release(lock)
-  local id = core.standing(lock)
+  local id, owner = core.standing(lock)
   if not id then return nil, "not held" end
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
-  if on and self.owner_of[lock] then
-    self:on_end(on, lock, id)
+  if on and owner then
+    self:on_end(on, lock, id, owner)
   else
     core.let_go(lock) -- one that has not joined
   end
@@ -618,8 +621,9 @@ local function wait(ticket)
       probe(turns, entry, ticket.lock) -- they may have given up
     end
     if not ticket.outcome then
-      ticket.looked_at, ticket.token = now, scheduler.token()
-      scheduler.park(math.min(left, looks_every(ticket)))
+      local looks = ticket.living and LOOKS_OF_LIVING or LOOKS
+      ticket.left_at, ticket.token = now + LEFT_ALONE * looks, scheduler.token()
+      scheduler.park(math.min(left, looks))
     end
     if not ticket.outcome then look_at(turns, entry, ticket.lock) end
   end
@@ -661,7 +665,7 @@ function Turns:acquire(lock, id, shared, timeout)
   local ticket = setmetatable({
     entry = entry, lock = lock, shared = shared, began = now, once = timeout == 0,
     deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner,
-    living = living, contended = nil, outcome = nil, looked_at = nil, token = nil, previous = nil, next = nil,
+    living = living, contended = nil, outcome = nil, left_at = nil, token = nil, previous = nil, next = nil,
   }, Ticket)
   local joins = entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing
   if joins then

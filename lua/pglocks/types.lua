@@ -626,22 +626,26 @@ function core.closed_lock(key, options) end
 ---@param conn pglocks.connection
 ---@param lock pglocks.lock
 ---@param waited number  seconds
+---@param owner? integer  whom it is for; not 0
 ---@return boolean  false: it holds nothing of that
-function core.join(conn, lock, waited) end
+function core.join(conn, lock, waited, owner) end
 
 --- A closed lock that was not to be had becomes one of the connection, for its methods.
 ---@param conn pglocks.connection
 ---@param lock pglocks.lock
 function core.bind(conn, lock) end
 
---- The string of a lock's key; nil where it is not held. Raises lost, once, and forked.
+--- The string of a lock's key, and whom it was joined for; nil where it is not held. Raises lost, once, and
+--- forked.
 ---@param lock pglocks.lock
 ---@return string|nil id
+---@return integer|nil owner
 function core.standing(lock) end
 
---- The string of a lock's key; nil where it is known not to be held. Never raises.
+--- The string of a lock's key, and whom it was joined for; nil where it is known not to be held. Never raises.
 ---@param lock pglocks.lock
 ---@return string|nil id
+---@return integer|nil owner
 function core.identity(lock) end
 
 --- Is a release of a closed lock's key under way on a connection?

@@ -38,9 +38,15 @@ end
 
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
 
+-- A coroutine waits for one thing at a time: so it has one token for all its life.
 function scheduler.token()
-  local token = { condition = condition.new(), woken = false }
-  tokens[coroutine.running() or "main"] = token
+  local co = coroutine.running() or "main"
+  local token = tokens[co]
+  if not token then
+    token = { condition = condition.new(), woken = false }
+    tokens[co] = token
+  end
+  token.woken = false
   return token
 end
 

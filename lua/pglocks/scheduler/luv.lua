@@ -25,7 +25,7 @@ local INTERRUPT_MS = 500
 local interrupts, waiting = uv.new_timer(), 0
 
 -- Timers that nobody uses: a new one costs several times as much. { timer =, fire = its callback, wait = whose
--- it is, came = what it tells }
+-- it is }
 local timers = {}
 
 -- What a coroutine waits for; closed when that has come, or when the coroutine is.
@@ -53,7 +53,7 @@ local function fail(co, err)
 end
 
 local function resume(self, came)
-  if self.over then return end
+  if self.over or self.closed then return end
   self.over, self.came = true, came
   if not self.co then return end
   local ok, err = coroutine.resume(self.co)
@@ -78,18 +78,18 @@ local function new_wait()
   local co = running()
   if waiting == 0 then interrupts:start(INTERRUPT_MS, INTERRUPT_MS, function() end) end
   waiting = waiting + 1
-  return setmetatable({ co = co }, Wait)
+  return setmetatable({ co = co, timer = nil, poll = nil, over = false, came = false, closed = false }, Wait)
 end
 
 local function new_timer()
-  local one = { timer = uv.new_timer(), wait = nil, came = false }
-  function one.fire() resume(one.wait, one.came) end
+  local one = { timer = uv.new_timer(), wait = nil, fire = nil }
+  function one.fire() resume(one.wait, false) end
   return one
 end
 
 local function set_timer(self, seconds)
   local one = table.remove(timers) or new_timer()
-  self.timer, one.wait, one.came = one, self, false
+  self.timer, one.wait = one, self
   one.timer:start(math.ceil(seconds * 1000), 0, one.fire)
 end
 
@@ -142,7 +142,7 @@ end
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
 
 function scheduler.token()
-  local token = {}
+  local token = { woken = false, parked = nil }
   tokens[coroutine.running() or "main"] = token
   return token
 end
@@ -158,13 +158,29 @@ function scheduler.park(seconds)
   return finish(self)
 end
 
--- From the loop, because whoever calls this may be in the middle of anything.
+-- Who was woken goes on in the loop's next turn, because whoever wakes may be in the middle of anything. Where
+-- one of them fails, the turn after that is for the others.
+local idle = uv.new_idle()
+local woken, first, last = {}, 1, 0
+
+local function resume_woken()
+  for place = first, last do
+    local self = woken[place]
+    woken[place], first = nil, place + 1
+    resume(self, true)
+  end
+  if first > last then idle:stop() end
+end
+
 function scheduler.wake(token)
   token.woken = true
-  local self = token.parked
-  if not self or self.over or self.closed then return end
-  self.timer.came = true
-  self.timer.timer:start(0, 0, self.timer.fire)
+  if not token.parked then return end
+  if first > last then
+    first, last = 1, 0
+    idle:start(resume_woken)
+  end
+  last = last + 1
+  woken[last] = token.parked
 end
 
 return scheduler
