@@ -299,6 +299,21 @@ local function under(name, loop)
       assert.is_true(first:held())
     end)
 
+    test("forgets keys that nobody wants, and no others", function()
+      local one, got = locker(), nil
+      local kept = one:lock "kept"
+      begin(function() got = one:lock "kept" end)
+      for i = 1, 2500 do one:lock(i):release() end
+      local known = 0
+      for _ in pairs(one.turns.entries) do known = known + 1 end
+      assert.is_true(known < 1010, known)
+      assert.same({ nil, "busy" }, { one:try_lock "kept" })
+      assert.is_nil(got)
+      kept:release()
+      wait_for("the lock", function() return got end)
+      got:release()
+    end)
+
     -- ---- waiting at the server ------------------------------------------------------------
 
     test("waits for another session on a connection of its own, and no other owner waits with it", function()

@@ -25,6 +25,7 @@ local FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.25 -- between two tries, without a li
 local NO_OTHER = 1 -- after a link could not be opened, until another one is tried
 local ATTEMPT = 0.001 -- of an upgrade, on a link that others need
 
+local MOST_IDLE = 1000 -- entries of keys that nobody holds or wants, beside as many as there are others
 local CROWD = 16 -- tries on one link that are better sent together than on two
 
 ---@class pglocks.turns
@@ -41,6 +42,8 @@ local function new(keywords, options, settings, on_lost)
     keywords = keywords, options = options, settings = settings, scheduler = options.scheduler,
     tell_loss = on_lost,
     entries = {}, -- by the string of their key
+    known = 0, -- entries
+    sweeps_at = MOST_IDLE,
     links = {}, -- that are open, or are being opened
     starved = {}, -- entries that no link is free to wait for
     spare = {}, -- tables for an entry's owners, empty
@@ -67,9 +70,20 @@ Ticket.__index = Ticket
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
 -- the holders any more, because "others" wait for it elsewhere, or because of an "upgrade"; or false.
+local function sweep(turns)
+  local busy = 0
+  for id, entry in pairs(turns.entries) do
+    if entry.state or entry.first then busy = busy + 1 else turns.entries[id] = nil end
+  end
+  turns.known, turns.sweeps_at = busy, 2 * busy + MOST_IDLE
+end
+
+-- A key comes again: so its entry stays for a while.
 local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
+    if turns.known >= turns.sweeps_at then sweep(turns) end
+    turns.known = turns.known + 1
     entry = { -- with room for all that it will know
       turns = turns, id = id, first = nil, last = nil, holders = 0, state = nil, link = nil, shared = nil,
       owners = nil, since = nil, handed = nil, closing = nil, probe = nil,
@@ -213,7 +227,7 @@ local function part(turns, entry)
   end
   turns.spare[#turns.spare + 1] = owners
   entry.link.held = entry.link.held - 1
-  entry.state, entry.link, entry.holders, entry.owners = nil, nil, 0, nil
+  entry.state, entry.link, entry.holders, entry.owners, entry.probe = nil, nil, 0, nil, nil
 end
 
 -- Was it let go behind our back: by something else in the session, or without the memory to tell us?
@@ -398,10 +412,7 @@ end
 function Turns:advance(entry)
   if entry.state then return end
   local ticket = first_of(entry)
-  if not ticket then
-    if self.entries[entry.id] == entry then self.entries[entry.id] = nil end
-    return
-  end
+  if not ticket then return end
   entry.state = "asked"
   self:choose_for(ticket.lock):ask(ticket)
 end
