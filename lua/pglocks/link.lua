@@ -193,9 +193,6 @@ function Link:call(fn, ...)
   return unpack(results, 2, results.n)
 end
 
---- Is it about to let go of the lock's key?
-function Link:lets_go(lock) return self.conn ~= nil and core.leaves(self.conn, lock) end
-
 --- What was written without waiting is to be on its way.
 function Link:flush()
   if self.scheduler.rouse then self.scheduler.rouse(self.conn) end

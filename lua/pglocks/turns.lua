@@ -58,9 +58,10 @@ local function new(keywords, options, settings, on_lost)
 end
 
 -- What a coroutine waits by, and what a link is asked with: { entry =, lock = a closed one, shared =, once = it
--- only tries, began =, deadline =, owner =, contended = somebody else had it, living = the life of its request,
--- or nil, left_at = when it counts as left alone, previous =, next = in the queue, outcome = nil; true: granted; "taken": and its coroutine
--- knows; "busy", "timeout", "deadlock" or an error object }. No more than 16 fields: these are half as large.
+-- only tries, began =, deadline =, owner =, contended = somebody else had it, living = the life of its request, or
+-- nil, left_at = when it counts as left alone, previous =, next = in the queue, outcome = nil; true: granted;
+-- "taken": and its coroutine knows; "busy", "timeout", "deadlock" or an error object }. No more than 16 fields: these
+-- are half as large.
 local Ticket = {}
 Ticket.__index = Ticket
 
@@ -295,7 +296,7 @@ local function find_for(turns, lock)
   for _, one in ipairs(links) do
     if not one.waiting then
       local load = one.held + one.doing
-      if lock and one:lets_go(lock) then return one end
+      if lock and one.conn and core.leaves(one.conn, lock) then return one end
       if load < most then
         roomy = roomy or one
         free = free or one.conn and one.doing == 0 and one

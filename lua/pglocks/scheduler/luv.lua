@@ -28,7 +28,7 @@ local interrupts, waiting = uv.new_timer(), 0
 -- it is }
 local timers = {}
 
--- What a coroutine waits for; closed when that has come, or when the coroutine is.
+-- What a coroutine waits for; closed before it does, and when that has come, or when the coroutine is.
 local Wait = {}
 
 function Wait:__close()
@@ -52,9 +52,9 @@ local function fail(co, err)
   error(message, 0)
 end
 
-local function resume(self, came)
+local function resume(self)
   if self.over or self.closed then return end
-  self.over, self.came = true, came
+  self.over = true
   if not self.co then return end
   local ok, err = coroutine.resume(self.co)
   if not ok then fail(self.co, err) end
@@ -74,16 +74,21 @@ local function running()
   return co
 end
 
-local function new_wait()
-  local co = running()
+local function new_wait() -- with room for all that it will know
+  return setmetatable({ co = nil, timer = nil, poll = nil, over = false, woken = false, closed = true }, Wait)
+end
+
+local function begin(self)
+  self.co = running()
   if waiting == 0 then interrupts:start(INTERRUPT_MS, INTERRUPT_MS, function() end) end
   waiting = waiting + 1
-  return setmetatable({ co = co, timer = nil, poll = nil, over = false, came = false, closed = false }, Wait)
+  self.closed = false
+  return self
 end
 
 local function new_timer()
   local one = { timer = uv.new_timer(), wait = nil, fire = nil }
-  function one.fire() resume(one.wait, false) end
+  function one.fire() resume(one.wait) end
   return one
 end
 
@@ -101,17 +106,17 @@ local function suspend(self)
   end
 end
 
-local function came(self)
+local function finish(self)
   self:__close()
   -- What is closed goes in the next turn of the loop. On the main thread that may have been the last, and
   -- Lua 5.4 would crash at its end.
   if not self.co then uv.run "nowait" end
-  return self.came
+  return self.woken
 end
 
 Wait.__index = Wait
 
-local function finish(self) return run(self, came, suspend, self) end
+local function wait(self) return run(self, finish, suspend, self) end
 
 ---@type pglocks.scheduler
 local scheduler = { now = core.now }
@@ -120,17 +125,17 @@ local scheduler = { now = core.now }
 scheduler.enter = running
 
 function scheduler.wait(fd, events, seconds)
-  local self = new_wait()
+  local self = begin(new_wait())
   self.poll = assert(uv.new_poll(fd))
-  self.poll:start(events, function() resume(self, true) end)
+  self.poll:start(events, function() resume(self) end)
   if seconds then set_timer(self, seconds) end
-  finish(self)
+  wait(self)
 end
 
 function scheduler.sleep(seconds)
-  local self = new_wait()
+  local self = begin(new_wait())
   set_timer(self, seconds)
-  finish(self)
+  wait(self)
 end
 
 function scheduler.spawn(fn)
@@ -142,20 +147,19 @@ end
 local tokens = setmetatable({}, { __mode = "k" }) -- by coroutine
 
 function scheduler.token()
-  local token = { woken = false, parked = nil }
+  local token = new_wait()
   tokens[coroutine.running() or "main"] = token
   return token
 end
 
 function scheduler.park(seconds)
   local co = coroutine.running() or "main"
-  local token = tokens[co]
+  local self = tokens[co]
   tokens[co] = nil -- it leads to the coroutine, which LuaJIT would never collect
-  if token.woken then return true end
-  local self = new_wait()
-  token.parked = self
+  if self.woken then return true end
+  begin(self)
   set_timer(self, seconds or 1e6)
-  return finish(self)
+  return wait(self)
 end
 
 -- Who was woken goes on in the loop's next turn, because whoever wakes may be in the middle of anything. Where
@@ -167,20 +171,20 @@ local function resume_woken()
   for place = first, last do
     local self = woken[place]
     woken[place], first = nil, place + 1
-    resume(self, true)
+    resume(self)
   end
   if first > last then idle:stop() end
 end
 
 function scheduler.wake(token)
   token.woken = true
-  if not token.parked then return end
+  if token.closed then return end
   if first > last then
     first, last = 1, 0
     idle:start(resume_woken)
   end
   last = last + 1
-  woken[last] = token.parked
+  woken[last] = token
 end
 
 return scheduler
