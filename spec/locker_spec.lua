@@ -335,6 +335,25 @@ local function under(name, loop)
       kept:release()
     end)
 
+    test("waits on a connection as soon as the last lock there is released", function()
+      local one, other = locker { max_connections = 2 }, support.connect()
+      function one.turns.poll() end -- would find the key a little later
+      local kept, x, y = one:lock "kept", other:lock "x", other:lock "y"
+      local got_x, got_y
+      begin(function() got_x = one:lock "x" end)
+      wait_until_queued()
+      begin(function() got_y = one:lock "y" end)
+      wait_for("y to have nobody who waits for it", function() return one.turns.starved[1] end)
+      x:release()
+      wait_for("x", function() return got_x end)
+      got_x:release()
+      wait_until_queued()
+      y:release()
+      wait_for("y", function() return got_y end)
+      got_y:release()
+      kept:release()
+    end)
+
     test("never waits on a connection that holds a lock", function()
       local one, other = locker { locks_per_connection = 1 }, support.connect()
       local theirs, a, b = other:lock "x", one:lock "a", one:lock "b"

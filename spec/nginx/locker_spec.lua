@@ -89,6 +89,35 @@ local function running(http)
   return server.start { http = (http or "") .. HTTP, workers = 1, locations = locations }
 end
 
+describe("a TLS handshake of nginx's", function()
+  it("locks, and what it leaves behind is free when it is over", function()
+    local folder = assert(support.shell "mktemp -d":match "%S+")
+    support.shell(("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=db.example -keyout %s/key -out %s/crt")
+      :format(folder, folder))
+    local nginx = server.start { workers = 1, locations = locations, http = HTTP .. ([[
+      server {
+        listen unix:%s/tls ssl;
+        ssl_certificate %s/crt;
+        ssl_certificate_key %s/key;
+        ssl_certificate_by_lua_block {
+          pglocks.with_lock("y", function(lock) state.checked = lock:check() end)
+          state.held.x = pglocks.lock "x"
+        }
+        location / { content_by_lua_block { ngx.say(tostring(state.checked)) } }
+      }
+    ]]):format(folder, folder, folder) }
+    local said = support.shell(("curl -sk -m 30 --unix-socket %s/tls https://localhost/"):format(folder))
+    assert.equal("true\n", said)
+    assert.is_truthy(tonumber((nginx:get "/wait")))
+    assert.equal("false\n", (nginx:get "/held?name=x"))
+    local errors = nginx:errors()
+    nginx:stop()
+    support.shell("rm -rf " .. folder)
+    support.finish()
+    assert.equal("", errors)
+  end)
+end)
+
 describe("the requests of a worker", function()
   local nginx
   before_each(function() nginx = running() end)
