@@ -335,6 +335,24 @@ local function under(name, loop)
       kept:release()
     end)
 
+    test("never waits on the connection whose try has just got another key", function()
+      local one, other = locker { max_connections = 2, locks_per_connection = 3 }, support.connect()
+      local kept, got, theirs = {}, {}, other:lock_all { "x", "z" }
+      for i = 1, 3 do kept[i] = one:lock(i) end
+      for _, key in ipairs { "x", "y", "z" } do -- on the second one, together
+        loop.spawn(function() got[key] = one:lock(key) end)
+      end
+      wait_for("y", function() return got.y end)
+      got.y:release()
+      wait_for("y to be free", function()
+        local lock = other:try_lock "y"
+        return lock and lock:release()
+      end)
+      theirs:release()
+      wait_for("the others", function() return got.x and got.z end)
+      for _, lock in ipairs { kept[1], kept[2], kept[3], got.x, got.z } do lock:release() end
+    end)
+
     test("waits on a connection as soon as the last lock there is released", function()
       local one, other = locker { max_connections = 2 }, support.connect()
       function one.turns.poll() end -- would find the key a little later

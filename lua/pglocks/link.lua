@@ -21,8 +21,8 @@ local MOST_AT_ONCE = 1000 -- keys in one command
 local Link = {}
 Link.__index = Link
 
---- A link that is opened when it gets something to do. owner: on_open(link), on_over(link, err), which is
---- nil of one that was closed, on_lost(err, locks) and on_end(link, lock).
+--- A link that is opened when it gets something to do. owner: on_open(link), on_tried(link) after tries,
+--- on_over(link, err), which is nil of one that was closed, on_lost(err, locks) and on_end(link, lock).
 local function new(owner, keywords, options)
   return setmetatable({
     owner = owner, keywords = keywords, options = options, scheduler = options.scheduler,
@@ -102,8 +102,10 @@ end
 function Link:try(requests, locks)
   local ok, got, err = pcall(scheduled.try_each, self.conn, locks)
   if not ok then got, err = nil, got end
-  self.doing = self.doing - #requests
   for _, request in ipairs(requests) do request.done(request, self, got, err, true) end
+  -- Not before: until then nobody knows what it holds.
+  self.doing = self.over and 0 or self.doing - #requests
+  self.owner:on_tried(self)
   if got then core.let_go(got) end -- of what nobody wants any more
   for place = #requests, 1, -1 do requests[place], locks[place] = nil, nil end -- this stack may keep the lists
 end

@@ -343,6 +343,8 @@ end
 
 function Turns:on_open() self:feed() end
 
+function Turns:on_tried() self:feed() end
+
 function Turns:on_over(on, err)
   local lost = {}
   remove(self.links, on)
