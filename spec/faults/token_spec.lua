@@ -10,7 +10,7 @@ local unpack = table.unpack or unpack
 local random = math.random
 
 local LONG = tonumber(os.getenv "PGLOCKS_STRESS_ROUNDS")
-local PROCESSES = 8
+local PROCESSES = 8 -- every fourth with a locker and its owners
 local HAND_OVERS = LONG or math.max(500, math.floor(2000 * support.size))
 local CRASHES = LONG and 60 or math.max(3, math.floor(15 * math.min(1, support.size)))
 local PATIENCE = LONG and 400 or 100 -- seconds
@@ -25,26 +25,27 @@ wal_writer_delay = 10s
 
 -- ---- a process --------------------------------------------------------------------------
 
--- Its holds are numbered. Each event is in the history when write(2) has returned:
+-- It is one owner on a connection, or several on a locker. Its holds are numbered. Each event is in the history when write(2) has returned:
 --   asked HOLD             before the call
 --   got HOLD KEY TOKEN     while it holds the key; one for each key and token
 --   kept HOLD              its release was confirmed, so that it held until then
 --   lost HOLD              its session is lost
 local WORKER = [[
-  local conninfo, path, name, seed = ...
+  local conninfo, path, name, seed, owners = ...
   local pglocks = require "pglocks"
   local random = math.random
   math.randomseed(tonumber(seed))
+  owners = tonumber(owners)
   local KEYS = { -205618829, { 7, -42 } }
   local file = assert(io.open(path, "a"))
   file:setvbuf "no"
-  local hold, holds = nil, 0
+  local holds = 0
 
-  local function note(event, ...)
+  local function note(event, hold, ...)
     assert(file:write(table.concat({ event, hold, ... }, " ") .. "\n"))
   end
 
-  local function note_got(key, lock) note("got", (tostring(key):gsub(" ", "")), tostring(lock.token)) end
+  local function note_got(hold, key, lock) note("got", hold, (tostring(key):gsub(" ", "")), tostring(lock.token)) end
 
   local function connect()
     return pglocks.connect { conninfo = conninfo, application_name = "token", timeout = 60 }
@@ -59,33 +60,54 @@ local WORKER = [[
     return conn:lock(key, { token = true })
   end
 
-  local function round(conn)
+  local function round(conn, hold)
     local lock = take(conn, KEYS[random(8) == 1 and 2 or 1])
     if not lock then return end
-    for _, key in ipairs(lock.keys) do note_got(key, lock) end
-    if random(8) == 1 then
+    for _, key in ipairs(lock.keys) do note_got(hold, key, lock) end
+    if owners == 1 and random(8) == 1 then
       local again = conn:lock(lock.keys[1], { token = true })
-      note_got(again.key, again)
+      note_got(hold, again.key, again)
       again:release()
     end
     lock:release()
-    note "kept"
+    note("kept", hold)
   end
 
-  local conn = connect()
-  while not io.open(path .. ".start") do require "pglocks.core".sleep(0.001) end
-  while not io.open(path .. ".stop") do
-    holds = holds + 1
-    hold = name .. "." .. holds
-    note "asked"
-    local ok, err = pcall(round, conn)
-    if not ok then
-      if type(err) ~= "table" or err.code ~= "lost" then error(err, 0) end
-      note "lost"
-      conn = connect()
+  local function live(conn, sleep)
+    while not io.open(path .. ".start") do sleep(0.001) end
+    while not io.open(path .. ".stop") do
+      holds = holds + 1
+      local hold = name .. "." .. holds
+      note("asked", hold)
+      local ok, err = pcall(round, conn, hold)
+      if not ok then
+        if type(err) ~= "table" or err.code ~= "lost" then error(err, 0) end
+        note("lost", hold)
+        if owners == 1 then conn = connect() end
+      end
     end
+    return conn
   end
-  conn:close()
+
+  if owners > 1 then
+    local cqueues = require "cqueues"
+    local loop, left = cqueues.new(), owners
+    local locker = pglocks.locker { conninfo = conninfo, application_name = "token", timeout = 60,
+      scheduler = "cqueues", release = "confirmed" }
+    loop:wrap(function()
+      locker:lock "first":release() -- so that it has a connection
+      for _ = 1, owners do
+        loop:wrap(function()
+          live(locker, cqueues.sleep)
+          left = left - 1
+          if left == 0 then locker:close() end
+        end)
+      end
+    end)
+    assert(loop:loop())
+  else
+    live(connect(), require "pglocks.core".sleep):close()
+  end
   print "done"
 ]]
 
@@ -189,7 +211,8 @@ describe("fencing tokens", function()
     local seed = os.time()
     math.randomseed(seed)
     for i = 1, PROCESSES do
-      processes[i] = support.spawn(WORKER, own.conninfo, path, tostring(i), ("%d"):format(seed + i))
+      processes[i] = support.spawn(WORKER, own.conninfo, path, tostring(i), ("%d"):format(seed + i),
+        i % 4 == 0 and "4" or "1")
     end
     support.wait_until("all processes", function() return sessions() == PROCESSES end)
     signal "start"
