@@ -18,6 +18,7 @@ local KEYS = { -205618829, { 7, -42 }, "some lock" } -- of worker.lua and owners
 local LONG = tonumber(os.getenv "PGLOCKS_STRESS_ROUNDS")
 local is_costly = support.slow >= 10 -- under valgrind, where a process takes seconds to start
 local ROUNDS = LONG or math.max(60, math.floor(600 * support.size))
+local is_old = tonumber(support.observe("SHOW server_version_num")[1].server_version_num) < 140000
 local PROCESSES = is_costly and 4 or 16
 -- Then no new session begins: on a busy machine the short form does fewer rounds.
 local SECONDS = LONG and 540 or math.min(7 * support.slow, 30)
@@ -102,6 +103,22 @@ function Stress:visit_graves()
       self.graves[name] = nil
     elseif core.now() > deadline then
       error(("%s has ended, and still has locks, or waits for them"):format(haunted[name]), 0)
+    end
+  end
+end
+
+--- The connections of a locker hold keys or wait for one: what held would keep its keys until the wait is over.
+--- (Who changes its mode waits for a moment.)
+local HOLDS_AND_WAITS = [[SELECT a.application_name AS session, w.pid FROM pg_locks w JOIN pg_stat_activity a USING (pid)
+  WHERE w.locktype = 'advisory' AND NOT w.granted AND clock_timestamp() > w.waitstart + $1 * interval '1 s'
+    AND EXISTS (SELECT 1 FROM pg_locks h WHERE h.pid = w.pid AND h.locktype = 'advisory' AND h.granted)]]
+
+function Stress:look_at_lockers()
+  if is_old then return end
+  for _, row in ipairs(support.observe(HOLDS_AND_WAITS, 0.02 * support.slow)) do
+    local p = self.processes[row.session:match "^stress (%d+%.%d+)"]
+    if p and p.slot.shares then
+      error(("a connection of %s holds locks, and waits for another:\n%s"):format(p.name, history.on_server(nil)), 0)
     end
   end
 end
@@ -215,6 +232,7 @@ function Stress:run(workers, rounds)
       error("not done in time; who holds and waits:\n" .. history.on_server(nil), 0)
     end
     self:strike()
+    self:look_at_lockers()
     for _ = 1, random(5) do
       support.sleep(random() * 0.012 * support.slow)
       uv.run "nowait"
