@@ -109,7 +109,7 @@ end
 
 --- The connections of a locker hold keys or wait for one: what held would keep its keys until the wait is over.
 --- (Who changes its mode waits for a moment.)
-local HOLDS_AND_WAITS = [[SELECT a.application_name AS session, w.pid FROM pg_locks w JOIN pg_stat_activity a USING (pid)
+local HOLDS_AND_WAITS = [[SELECT a.application_name AS session FROM pg_locks w JOIN pg_stat_activity a USING (pid)
   WHERE w.locktype = 'advisory' AND NOT w.granted AND clock_timestamp() > w.waitstart + $1 * interval '1 s'
     AND EXISTS (SELECT 1 FROM pg_locks h WHERE h.pid = w.pid AND h.locktype = 'advisory' AND h.granted)]]
 

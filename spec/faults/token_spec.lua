@@ -25,7 +25,8 @@ wal_writer_delay = 10s
 
 -- ---- a process --------------------------------------------------------------------------
 
--- It is one owner on a connection, or several on a locker. Its holds are numbered. Each event is in the history when write(2) has returned:
+-- It is one owner on a connection, or several on a locker. Its holds are numbered. Each event is in the
+-- history when write(2) has returned:
 --   asked HOLD             before the call
 --   got HOLD KEY TOKEN     while it holds the key; one for each key and token
 --   kept HOLD              its release was confirmed, so that it held until then
@@ -41,11 +42,11 @@ local WORKER = [[
   file:setvbuf "no"
   local holds = 0
 
-  local function note(event, hold, ...)
-    assert(file:write(table.concat({ event, hold, ... }, " ") .. "\n"))
-  end
+  local function note(...) assert(file:write(table.concat({ ... }, " ") .. "\n")) end
 
-  local function note_got(hold, key, lock) note("got", hold, (tostring(key):gsub(" ", "")), tostring(lock.token)) end
+  local function note_got(hold, key, lock)
+    note("got", hold, (tostring(key):gsub(" ", "")), tostring(lock.token))
+  end
 
   local function connect()
     return pglocks.connect { conninfo = conninfo, application_name = "token", timeout = 60 }
@@ -80,10 +81,12 @@ local WORKER = [[
       local hold = name .. "." .. holds
       note("asked", hold)
       local ok, err = pcall(round, conn, hold)
-      if not ok then
-        if type(err) ~= "table" or err.code ~= "lost" then error(err, 0) end
+      local code = ok or type(err) == "table" and err.code
+      if code == "lost" then
         note("lost", hold)
         if owners == 1 then conn = connect() end
+      elseif not ok and not (code == "connect" and owners > 1) then -- a locker connects within a call
+        error(tostring(err), 0)
       end
     end
     return conn
@@ -104,7 +107,8 @@ local WORKER = [[
         end)
       end
     end)
-    assert(loop:loop())
+    local ok, err = loop:loop()
+    if not ok then error(tostring(err), 0) end
   else
     live(connect(), require "pglocks.core".sleep):close()
   end
