@@ -71,6 +71,8 @@ Ticket.__index = Ticket
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
 -- the holders any more, because "others" wait for it elsewhere, or because of an "upgrade"; or false.
+-- A key comes again: so its entry stays for a while when nobody holds or wants it any more.
+
 local function sweep(turns)
   local busy = 0
   for id, entry in pairs(turns.entries) do
@@ -79,7 +81,6 @@ local function sweep(turns)
   turns.known, turns.sweeps_at = busy, 2 * busy + MOST_IDLE
 end
 
--- A key comes again: so its entry stays for a while.
 local function entry_of(turns, id)
   local entry = turns.entries[id]
   if not entry then
