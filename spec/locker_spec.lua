@@ -353,24 +353,27 @@ local function under(name, loop)
       for _, lock in ipairs { kept[1], kept[2], kept[3], got.x, got.z } do lock:release() end
     end)
 
-    test("waits on a connection as soon as the last lock there is released", function()
-      local one, other = locker { max_connections = 2 }, support.connect()
-      function one.turns.poll() end -- would find the key a little later
-      local kept, x, y = one:lock "kept", other:lock "x", other:lock "y"
-      local got_x, got_y
-      begin(function() got_x = one:lock "x" end)
-      wait_until_queued()
-      begin(function() got_y = one:lock "y" end)
-      wait_for("y to have nobody who waits for it", function() return one.turns.starved[1] end)
-      x:release()
-      wait_for("x", function() return got_x end)
-      got_x:release()
-      wait_until_queued()
-      y:release()
-      wait_for("y", function() return got_y end)
-      got_y:release()
-      kept:release()
-    end)
+    for _, release in ipairs { "deferred", "confirmed" } do
+      test("waits on a connection as soon as the last lock there is released: " .. release, function()
+        local one, other = locker { max_connections = 2, release = release }, support.connect()
+        function one.turns.poll() end -- would find the key a little later
+        local kept, x, y = one:lock "kept", other:lock "x", other:lock "y"
+        local got_x, got_y
+        begin(function() got_x = one:lock "x" end)
+        wait_until_queued()
+        begin(function() got_y = one:lock "y" end)
+        wait_for("y to have nobody who waits for it", function() return one.turns.starved[1] end)
+        x:release()
+        wait_for("x", function() return got_x end)
+        local seconds = support.timed(got_x.release, got_x)
+        assert.is_true(seconds < 15, seconds) -- it waits for no other key
+        wait_until_queued()
+        y:release()
+        wait_for("y", function() return got_y end)
+        got_y:release()
+        kept:release()
+      end)
+    end
 
     test("never waits on a connection that holds a lock", function()
       local one, other = locker { locks_per_connection = 1 }, support.connect()

@@ -21,8 +21,8 @@ local MOST_AT_ONCE = 1000 -- keys in one command
 local Link = {}
 Link.__index = Link
 
---- A link that is opened when it gets something to do. owner: on_open(link), on_tried(link) after tries,
---- on_over(link, err), which is nil of one that was closed, on_lost(err, locks) and on_end(link, lock).
+--- A link that is opened when it gets something to do. owner: on_open(link), on_done(link) when it has done
+--- something, on_over(link, err), which is nil of one that was closed, on_lost(err, locks) and on_end(link, lock).
 local function new(owner, keywords, options)
   return setmetatable({
     owner = owner, keywords = keywords, options = options, scheduler = options.scheduler,
@@ -82,6 +82,12 @@ function Link:open()
   self.owner:on_open(self)
 end
 
+-- Only now something else may begin: until all requests have been told, nobody knows what it holds.
+function Link:done(count)
+  self.doing = self.over and 0 or self.doing - count
+  self.owner:on_done(self)
+end
+
 -- Those of one mode, in their order.
 function Link:next_tries()
   local first = self.tries[1]
@@ -103,9 +109,7 @@ function Link:try(requests, locks)
   local ok, got, err = pcall(scheduled.try_each, self.conn, locks)
   if not ok then got, err = nil, got end
   for _, request in ipairs(requests) do request.done(request, self, got, err, true) end
-  -- Not before: until then nobody knows what it holds.
-  self.doing = self.over and 0 or self.doing - #requests
-  self.owner:on_tried(self)
+  self:done(#requests)
   if got then core.let_go(got) end -- of what nobody wants any more
   for place = #requests, 1, -1 do requests[place], locks[place] = nil, nil end -- this stack may keep the lists
 end
@@ -128,8 +132,8 @@ function Link:drive()
     local job = table.remove(self.jobs, 1)
     if requests then self:try(requests, locks) end
     if job then
-      self.doing = self.doing - 1
       job(self.conn)
+      self:done(1)
     end
     core.send_late(self.conn)
     core.connection.alive(self.conn) -- reads what has come, and tells of the loss

@@ -344,7 +344,7 @@ end
 
 function Turns:on_open() self:feed() end
 
-function Turns:on_tried() self:feed() end
+function Turns:on_done() self:feed() end
 
 function Turns:on_over(on, err)
   local lost = {}
@@ -483,7 +483,6 @@ local function wait_on(turns, entry, on, conn, err)
     end_late(entry)
     turns:advance(entry)
   end
-  turns:feed()
 end
 
 local function wait_by(turns, entry, on)
@@ -535,30 +534,44 @@ end
 
 -- ---- the end of locks -------------------------------------------------------------------
 
---- The scope of a lock ends, which has joined what the link holds. Never waits. id, owner: what core.identity
---- tells of it, where that is known.
-function Turns:on_end(on, lock, id, owner)
-  if not id then id, owner = core.identity(lock) end
-  local entry = self.entries[id]
+-- One of the holders goes; with the last one the link lets go of the key. id, owner: as core.identity tells.
+local function let_go(turns, on, lock, id, owner)
+  local entry = turns.entries[id]
   if not entry or entry.state ~= "held" or entry.link ~= on then return end
   if owner then
     add(entry.owners, owner, -1)
-    add(self.locks_of, owner, -1)
+    add(turns.locks_of, owner, -1)
   end
   entry.holders = entry.holders - 1
   if entry.holders == 0 then
     local ticket = first_of(entry)
-    if ticket and ticket.shared == entry.shared and not entry.closing and may_stay(self, entry) then
+    if ticket and ticket.shared == entry.shared and not entry.closing and may_stay(turns, entry) then
       entry.handed = entry.handed + 1
-      hand_on(self, entry)
+      hand_on(turns, entry)
     end
   end
   core.let_go(lock, on.driven)
   if entry.holders > 0 then return end
-  if entry.link then part(self, entry) end
+  if entry.link then part(turns, entry) end
   on:flush()
-  self:advance(entry)
+  turns:advance(entry)
+end
+
+--- The scope of a lock ends, which has joined what the link holds. Never waits.
+function Turns:on_end(on, lock)
+  let_go(self, on, lock, core.identity(lock))
   self:feed()
+end
+
+-- Waits until the server has confirmed what the link has let go.
+local function confirm(on, lock)
+  on.refused = nil
+  local ok, err
+  repeat -- what a cancel hits is asked again
+    ok, err = pcall(on.call, on, core.scheduled.connection.ping)
+  until ok or err.code ~= "interrupted"
+  if not ok then error(err, 0) end
+  if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
 end
 
 -- In the place of a connection's release.
@@ -568,19 +581,15 @@ function Turns:release(lock)
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
   if on and owner then
-    self:on_end(on, lock, id, owner)
+    let_go(self, on, lock, id, owner)
   else
     core.let_go(lock) -- one that has not joined
   end
   local is_sent = on and not on.over and entry.link ~= on -- and not handed on
   if self.options.release == "confirmed" and is_sent and (not can_wait or can_wait()) then
-    on.refused = nil
-    local ok, err
-    repeat -- what a cancel hits is asked again
-      ok, err = pcall(on.call, on, core.scheduled.connection.ping)
-    until ok or err.code ~= "interrupted"
-    if not ok then error(err, 0) end
-    if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
+    confirm(on, lock) -- before somebody waits there
+  else
+    self:feed()
   end
   return true
 end
