@@ -299,6 +299,21 @@ local function under(name, loop)
       assert.is_true(first:held())
     end)
 
+    test("gives a key whose last lock is collected while it is looked at", function()
+      local one = locker()
+      local lock = one:lock "x"
+      local link = one.turns.links[1]
+      function link:is_alive()
+        self.is_alive = nil
+        close(lock)
+        return true
+      end
+      local again = one:lock "x"
+      assert.is_nil(rawget(link, "is_alive"))
+      assert.is_true(again:check())
+      again:release()
+    end)
+
     test("forgets keys that nobody wants, and no others", function()
       local one, got = locker(), nil
       local kept = one:lock "kept"

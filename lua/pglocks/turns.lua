@@ -234,7 +234,10 @@ end
 
 -- Was it let go behind our back: by something else in the session, or without the memory to tell us?
 local function look_at(turns, entry, lock)
-  if entry.state ~= "held" or not entry.link:is_alive() or core.holds(entry.link.conn, lock.key) then return end
+  local key = lock.key
+  local is_alive = entry.state == "held" and entry.link:is_alive()
+  -- Meanwhile the last lock on it may have been collected.
+  if not is_alive or entry.state ~= "held" or core.holds(entry.link.conn, key) then return end
   part(turns, entry)
   turns:advance(entry)
 end
@@ -252,9 +255,9 @@ end
 
 -- A link may hold the key, for those at the head of the queue. False: it does not, or nobody is there.
 local function take(turns, entry, on, shared)
+  entry.owners = table.remove(turns.spare) or {}
   entry.state, entry.link, entry.shared = "held", on, shared
   entry.since, entry.handed, entry.holders, entry.closing = core.now(), 0, 0, false
-  entry.owners = table.remove(turns.spare) or {}
   on.held = on.held + 1
   hand_on(turns, entry)
   if entry.state and entry.holders == 0 then part(turns, entry) end
