@@ -922,6 +922,146 @@ local function under(name, loop)
       b:release()
     end)
 
+    -- ---- what happens meanwhile -------------------------------------------------------------
+
+    test("lets the next share, when who wanted to be alone has given up", function()
+      local one, other = locker(), support.connect()
+      local theirs = other:lock("x", { shared = true })
+      local why, got
+      begin(function() why = select(2, one:try_lock("x", { timeout = 0.3 })) end)
+      begin(function() got = one:lock("x", { shared = true, timeout = 6 * support.slow }) end)
+      wait_until_queued()
+      wait_for("the first to give up", function() return why end)
+      local began = support.core.now()
+      wait_for("the next", function() return got end)
+      assert.is_true(support.core.now() - began < 3)
+      got:release()
+      theirs:release()
+    end)
+
+    test("asks again, before its connection waits for another key, when a cancel hits a confirmed release", function()
+      local one, other = locker { max_connections = 2, release = "confirmed" }, support.connect()
+      function one.turns.poll() end
+      local kept, x, y = one:lock "kept", other:lock "x", other:lock "y"
+      local got_x, why
+      begin(function() got_x = one:lock "x" end)
+      wait_until_queued()
+      begin(function() why = select(2, one:try_lock("y", { timeout = 4 * support.slow })) end)
+      wait_for("y starved", function() return one.turns.starved[1] end)
+      x:release()
+      wait_for("x", function() return got_x end)
+      local connection = support.core.scheduled.connection
+      local ping, once = connection.ping, true
+      connection.ping = function(conn)
+        if not once then return ping(conn) end
+        once = false
+        ping(conn)
+        support.core.raise("interrupted", "as when a cancel hits it")
+      end
+      local ok, seconds = pcall(support.timed, got_x.release, got_x)
+      connection.ping = ping
+      assert.is_true(ok, seconds)
+      assert.is_true(seconds < 1.5 * support.slow, seconds)
+      wait_for("y", function() return why end)
+      y:release()
+      kept:release()
+    end)
+
+    test("lets others share after two upgrades that failed", function()
+      local one, a, b = locker { handover_time = 100 }, nil, nil
+      local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() a = { l1:upgrade { timeout = 0.1 } } end)
+      begin(function() b = { l2:upgrade { timeout = 0.4 } } end)
+      wait_for("both", function() return a and b end)
+      assert.same({ nil, "busy" }, { a[1], a[2] })
+      assert.same({ nil, "busy" }, { b[1], b[2] })
+      local got
+      begin(function() got = one:try_lock("x", { shared = true, timeout = 1 }) or "timeout" end)
+      wait_for("an answer", function() return got end)
+      l1:release()
+      l2:release()
+      assert.not_equal("timeout", got)
+      got:release()
+    end)
+
+    test("lets others share after an upgrade whose lock was released", function()
+      local one, err = locker { handover_time = 100 }, nil
+      local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() err = support.raised(l1.upgrade, l1, { timeout = 5 }) end)
+      l1:release()
+      wait_for("the error", function() return err end)
+      assert.equal("not_held", err.code)
+      local got
+      begin(function() got = one:try_lock("x", { shared = true, timeout = 1 }) or "timeout" end)
+      wait_for("an answer", function() return got end)
+      l2:release()
+      assert.not_equal("timeout", got)
+      got:release()
+    end)
+
+    test("lets nobody share with who is being upgraded", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, a, b, c = locker { handover_time = 100 }, nil, nil, nil
+      local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      begin(function() a = { l1:upgrade { timeout = 0.1 } } end)
+      begin(function() b = { l2:upgrade { timeout = 10 } } end)
+      wait_for("the first", function() return a end)
+      local pid = sessions()[1].pid
+      support.signal("STOP", pid)
+      l1:release()
+      wait_for("the second to ask", function() return one.turns.links[1].doing > 0 end)
+      begin(function() c = one:try_lock("x", { shared = true, timeout = 3 * support.slow }) end)
+      loop.sleep(0.1)
+      support.signal("CONT", pid)
+      wait_for("the upgrade", function() return b end)
+      local both = not l2.shared and l2:held() and c and c:held()
+      l2:release()
+      wait_for("who shares", function() return c end)
+      c:release()
+      assert.is_falsy(both)
+    end)
+
+    test("is exclusive when it is upgraded twice at once", function()
+      local one, a, b = locker(), nil, nil
+      local lock = one:lock("x", { shared = true })
+      begin(function() a = lock:upgrade { timeout = 2 } end)
+      begin(function() b = lock:upgrade { timeout = 2 } end)
+      wait_for("both", function() return a ~= nil and b ~= nil end)
+      local shared = lock.shared
+      lock:release()
+      assert.is_false(shared)
+    end)
+
+    test("a try does not wait for an upgrade", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, up = locker { handovers = 0 }, nil
+      local lock, second = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      local pid = sessions()[2].pid
+      support.signal("STOP", pid)
+      local began, seconds = support.core.now(), nil
+      begin(function()
+        one:try_lock("x", { shared = true })
+        seconds = support.core.now() - began
+      end)
+      begin(function() up = { lock:upgrade { timeout = 5 } } end)
+      support.signal("CONT", pid)
+      wait_for("both", function() return up and seconds end)
+      second:release()
+      lock:release()
+      assert.is_true(seconds < 2, seconds)
+    end)
+
+    test("opens nothing for who was left out, and comes back when it is closed", function()
+      local one, err = locker(), nil
+      local lock, got = one:lock "x", nil
+      begin(function() err = support.raised(function() got = one:lock("x", { timeout = 3 }) end) end)
+      for _, entry in pairs(one.turns.entries) do if entry.first then entry.first.left_at = 0 end end
+      lock:release()
+      one:close()
+      wait_for("an end", function() return err or got end)
+      assert.is_nil(got)
+    end)
+
     -- ---- many -----------------------------------------------------------------------------
 
     test("1,000 locks at once on 10 connections", function()

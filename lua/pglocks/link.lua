@@ -137,7 +137,7 @@ function Link:drive()
     end
     core.send_late(self.conn)
     core.connection.alive(self.conn) -- reads what has come, and tells of the loss
-    if not requests and not job then
+    if not requests and not job and not self.tries[1] and not self.jobs[1] then
       if not self.scheduler.rest then break end
       if not self:rest() then self:close() end
     end

@@ -32,20 +32,28 @@ local function check_held(lock)
   core.raise("not_held", "this lock is not held")
 end
 
--- True, or nil when the other mode was not to be had.
-local function change_here(lock, timeout, is_shared)
+-- True, or nil when the other mode was not to be had. may: for one of many owners, whether it still may change.
+local function change_here(lock, shared, timeout, may)
+  if lock.shared == shared then
+    check_held(lock)
+    return true
+  end
   local conn, key = core.connection_of(lock), lock.key
   local try = key and conn.try_lock or conn.try_lock_all
   local other = try(conn, key or lock.keys, {
-    shared = not lock.shared, scope = lock.scope, timeout = timeout, token = lock.token ~= nil or nil,
+    shared = shared, scope = lock.scope, timeout = timeout, token = lock.token ~= nil or nil,
   })
   if not other then return nil end
+  if may and not may() then
+    core.let_go(other)
+    return nil
+  end
   if not core.exchange(lock, other) then
     core.let_go(other)
     check_held(lock)
     core.raise("not_held", "this lock was released meanwhile")
   end
-  if is_shared then
+  if may then
     core.let_go(other)
   else
     other:release()
@@ -53,16 +61,16 @@ local function change_here(lock, timeout, is_shared)
   return true
 end
 
-local function change(lock, timeout)
+local function change(lock, shared, timeout)
   local owners = scheduled.shared_by[core.connection_of(lock)]
-  if not owners then return change_here(lock, timeout) end
-  return owners:change(lock, timeout, function(attempt) return change_here(lock, attempt, true) end)
+  if not owners then return change_here(lock, shared, timeout) end
+  return owners:change(lock, timeout, function(attempt, may) return change_here(lock, shared, attempt, may) end)
 end
 
 function core.lock:upgrade(options)
   local timeout = check_options(options)
   check_held(self)
-  if not self.shared or change(self, timeout) then return true end
+  if not self.shared or change(self, false, timeout) then return true end
   return nil, "busy"
 end
 
@@ -73,6 +81,6 @@ function core.lock:downgrade()
   elseif self.slot then
     core.raise("server", "a slot of a semaphore stays exclusive: nobody shares it")
   end
-  if self.shared or change(self, DOWNGRADE_TIMEOUT) then return true end
+  if self.shared or change(self, true, DOWNGRADE_TIMEOUT) then return true end
   core.raise("timeout", "the server did not grant the shared lock beside our own")
 end

@@ -66,11 +66,12 @@ local Ticket = {}
 Ticket.__index = Ticket
 
 -- What is known of a key: { turns =, id =, first =, last = tickets of the queue, state =, link =, shared =,
--- holders =, owners =, since =, handed =, closing =, probe = what a link was asked }
+-- holders =, owners =, since =, handed =, closing =, changes_until =, probe = what a link was asked, waits_on =
+-- the link that waits }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
--- the holders any more, because "others" wait for it elsewhere, or because of an "upgrade"; or false.
+-- the holders any more, because others wait for it elsewhere; or until then, because one of them changes its mode.
 -- A key comes again: so its entry stays for a while when nobody holds or wants it any more.
 
 local function sweep(turns)
@@ -88,7 +89,7 @@ local function entry_of(turns, id)
     turns.known = turns.known + 1
     entry = { -- with room for all that it will know
       turns = turns, id = id, first = nil, last = nil, holders = 0, state = nil, link = nil, shared = nil,
-      owners = nil, since = nil, handed = nil, closing = nil, probe = nil,
+      owners = nil, since = nil, handed = nil, closing = false, changes_until = 0, probe = nil, waits_on = nil,
     }
     turns.entries[id] = entry
   end
@@ -242,11 +243,16 @@ local function look_at(turns, entry, lock)
   turns:advance(entry)
 end
 
+-- Does nobody join the holders?
+local function is_closed(entry)
+  return entry.closing or entry.changes_until > 0 and core.now() < entry.changes_until
+end
+
 -- To the first in the queue; and to those behind him, who can hold it at the same time.
 local function hand_on(turns, entry)
   local ticket = first_of(entry)
   while ticket and ticket.shared == entry.shared and (entry.shared or entry.holders == 0) and
-    not entry.closing do
+    not is_closed(entry) do
     if not grant(turns, entry, ticket) then return part(turns, entry) end
     finish(entry, ticket, true)
     ticket = first_of(entry)
@@ -257,7 +263,7 @@ end
 local function take(turns, entry, on, shared)
   entry.owners = table.remove(turns.spare) or {}
   entry.state, entry.link, entry.shared = "held", on, shared
-  entry.since, entry.handed, entry.holders, entry.closing = core.now(), 0, 0, false
+  entry.since, entry.handed, entry.holders, entry.closing, entry.changes_until = core.now(), 0, 0, false, 0
   on.held = on.held + 1
   hand_on(turns, entry)
   if entry.state and entry.holders == 0 then part(turns, entry) end
@@ -426,7 +432,7 @@ end
 
 -- Others wait for a key that is shared here: who comes later has to stand behind them.
 local function close(turns, entry)
-  entry.closing = entry.closing or "others"
+  entry.closing = true
   end_tries(entry)
   end_where(entry, function(ticket) return is_deadlock(turns, ticket) end, "deadlock")
 end
@@ -440,8 +446,9 @@ local function probed(request, on, got)
   if entry.state ~= "held" then return end
   if got and core.holds(on.conn, request.lock.key) then
     entry.since, entry.handed = core.now(), 0
-    if entry.closing == "others" then entry.closing = false end
+    entry.closing = false
     hand_on(turns, entry)
+    if entry.state == "held" and is_closed(entry) then end_tries(entry) end
     turns:advance(entry)
   else
     close(turns, entry)
@@ -450,10 +457,11 @@ end
 
 local function probe(turns, entry, lock)
   if entry.probe then return end
+  local request = { entry = entry, lock = lock, shared = true, done = probed }
   local on = turns:choose_other(entry.link)
   if not on then return close(turns, entry) end
-  entry.probe = { entry = entry, lock = lock, shared = true, done = probed }
-  on:ask(entry.probe)
+  entry.probe = request
+  on:ask(request)
 end
 
 -- ---- waiting at the server --------------------------------------------------------------
@@ -470,6 +478,7 @@ end
 local function wait_on(turns, entry, on, conn, err)
   local ticket, ok, got = first_of(entry), true, nil
   if conn and ticket then
+    entry.shared = ticket.shared
     ok, got = pcall(wait_for, conn, entry, ticket)
     if not ok then err = got end
   end
@@ -489,7 +498,8 @@ local function wait_on(turns, entry, on, conn, err)
 end
 
 local function wait_by(turns, entry, on)
-  entry.state, entry.waits_on, on.waiting = "waiting", on, true
+  local first = entry.first
+  entry.state, entry.waits_on, entry.shared, on.waiting = "waiting", on, first and first.shared, true
   on:add_job(function(conn, err) wait_on(turns, entry, on, conn, err) end)
 end
 
@@ -548,7 +558,7 @@ local function let_go(turns, on, lock, id, owner)
   entry.holders = entry.holders - 1
   if entry.holders == 0 then
     local ticket = first_of(entry)
-    if ticket and ticket.shared == entry.shared and not entry.closing and may_stay(turns, entry) then
+    if ticket and ticket.shared == entry.shared and not is_closed(entry) and may_stay(turns, entry) then
       entry.handed = entry.handed + 1
       hand_on(turns, entry)
     end
@@ -566,14 +576,18 @@ function Turns:on_end(on, lock)
   self:feed()
 end
 
+local function ping(conn)
+  local ok, err
+  repeat -- what a cancel hits is asked again
+    ok, err = pcall(core.scheduled.connection.ping, conn)
+  until ok or err.code ~= "interrupted"
+  if not ok then error(err, 0) end
+end
+
 -- Waits until the server has confirmed what the link has let go.
 local function confirm(on, lock)
   on.refused = nil
-  local ok, err
-  repeat -- what a cancel hits is asked again
-    ok, err = pcall(on.call, on, core.scheduled.connection.ping)
-  until ok or err.code ~= "interrupted"
-  if not ok then error(err, 0) end
+  on:call(ping)
   if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
 end
 
@@ -624,7 +638,8 @@ function Ticket:__close()
   elseif not self.outcome and is_queued(self) then
     step_out(entry, self)
     self.outcome = "timeout"
-    if entry.state == "waiting" and not first_of(entry) then
+    local first = first_of(entry)
+    if entry.state == "waiting" and (not first or first.shared ~= entry.shared) then -- in a mode of nobody's
       entry.waits_on.cancelled = true
       entry.waits_on:cancel()
     else
@@ -638,13 +653,23 @@ local function wait(ticket)
   local turns = ticket.entry.turns
   local scheduler = turns.scheduler
   while not ticket.outcome do
-    if not is_queued(ticket) then come_back(ticket) end -- he was left out
+    if not is_queued(ticket) then -- he was left out
+      if turns.closed then
+        ticket.outcome = turns.closed
+        break
+      end
+      come_back(ticket)
+    end
     local now, entry = core.now(), ticket.entry
     local left = ticket.deadline - now
     if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
     if left <= 0 then break end
     turns:advance(entry)
-    if entry.closing == "others" and entry.state == "held" and ticket.shared and entry.first == ticket then
+    if entry.state == "held" and entry.changes_until > 0 and not is_closed(entry) then
+      entry.changes_until = 0 -- whoever wanted to change has ended
+      hand_on(turns, entry)
+    end
+    if entry.closing and entry.state == "held" and ticket.shared and entry.first == ticket then
       probe(turns, entry, ticket.lock) -- they may have given up
     end
     if not ticket.outcome then
@@ -694,7 +719,7 @@ function Turns:acquire(lock, id, shared, timeout)
     deadline = now + (timeout > 0 and timeout or self.options.reply_timeout or REPLY_TIMEOUT), owner = owner,
     living = living, contended = nil, outcome = nil, left_at = nil, token = nil, previous = nil, next = nil,
   }, Ticket)
-  local joins = entry.state == "held" and shared and entry.shared and not entry.first and not entry.closing
+  local joins = entry.state == "held" and shared and entry.shared and not entry.first and not is_closed(entry)
   if joins then
     if may_stay(self, entry) and grant(self, entry, ticket) then
       entry.handed = entry.handed + 1
@@ -748,11 +773,16 @@ function Turns:draw(lock)
   end)
 end
 
-local function try_to_change(turns, lock, deadline, change)
+local function try_to_change(turns, entry, lock, deadline, change)
   local pause = FIRST_PAUSE
+  local function is_alone() return entry.state == "held" and entry.holders == 1 end
   while true do
-    local is_alone = entry_held_by(turns, lock).holders == 1
-    local changed = is_alone and call(turns, lock, function() return change(ATTEMPT) end)
+    entry_held_by(turns, lock)
+    local changed = is_alone() and call(turns, lock, function()
+      local done = change(ATTEMPT, is_alone)
+      if done then entry.shared = lock.shared end
+      return done
+    end)
     local left = deadline - core.now()
     if changed or left <= 0 then return changed or nil end
     turns.scheduler.sleep(math.min(pause, left))
@@ -760,17 +790,14 @@ local function try_to_change(turns, lock, deadline, change)
   end
 end
 
---- Changes the mode of a lock: by change(timeout), again and again, because nobody may wait on its link.
+--- Changes the mode of a lock: by change(timeout, may), again and again, because nobody may wait on its link.
 function Turns:change(lock, timeout, change)
-  local entry = entry_held_by(self, lock)
-  local closing = entry.closing
-  entry.closing = "upgrade" -- nobody joins it meanwhile
-  local ok, changed = pcall(try_to_change, self, lock, core.now() + timeout, change)
-  if entry.state == "held" and core.identity(lock) == entry.id then
-    entry.shared, entry.closing = lock.shared, closing
-    hand_on(self, entry)
-    self:advance(entry)
-  end
+  local entry, deadline = entry_held_by(self, lock), core.now() + timeout
+  entry.changes_until = math.max(entry.changes_until, deadline) -- nobody joins it meanwhile
+  local ok, changed = pcall(try_to_change, self, entry, lock, deadline, change)
+  if entry.changes_until == deadline then entry.changes_until = 0 end
+  if entry.state == "held" then hand_on(self, entry) end
+  self:advance(entry)
   if not ok then error(changed, 0) end
   return changed
 end
@@ -803,7 +830,7 @@ end
 --- Nobody waits any more, and no link is open. waits: until the server has heard of it.
 function Turns:close(waits)
   local links, err = self.links, select(2, pcall(core.raise, "closed", "this locker was closed"))
-  self.links = {}
+  self.links, self.closed = {}, err
   for _, entry in pairs(self.entries) do refuse_all(entry, err) end
   for _, one in ipairs(links) do
     if one.waiting then
