@@ -1051,6 +1051,21 @@ local function under(name, loop)
       assert.is_true(seconds < 2, seconds)
     end)
 
+    test("opens nothing for a key that no connection waited for, when it is closed", function()
+      local one, other = locker { max_connections = 2 }, support.connect()
+      local y, theirs, errors = one:lock "y", other:lock_all { "x", "z" }, {}
+      begin(function() errors.x = support.raised(one.lock, one, "x") end)
+      wait_until_queued()
+      begin(function() errors.z = support.raised(one.lock, one, "z") end)
+      wait_for("a key that none waits for", function() return one.turns.starved[1] end)
+      one:close()
+      wait_for("both", function() return errors.x and errors.z end)
+      assert.same({ "closed", "closed" }, { errors.x.code, errors.z.code })
+      assert.same({}, one.turns.links)
+      assert.is_false(y:held())
+      theirs:release()
+    end)
+
     test("opens nothing for who was left out, and comes back when it is closed", function()
       local one, err = locker(), nil
       local lock, got = one:lock "x", nil

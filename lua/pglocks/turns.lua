@@ -11,7 +11,6 @@
 local core = require "pglocks.core"
 local link = require "pglocks.link"
 local run = require "pglocks.scope"
-local scheduled = require "pglocks.scheduled"
 
 core.own_source(debug.getinfo(1, "S").source)
 
@@ -526,7 +525,7 @@ end
 function Turns:poll()
   if self.polls then return end
   self.polls = true
-  scheduled.spawn(self.scheduler, function()
+  local function try_starved()
     local pause = FIRST_PAUSE
     while self.starved[1] do
       self.scheduler.sleep(pause * (0.5 + core.now() * 1e5 % 1))
@@ -542,7 +541,13 @@ function Turns:poll()
       end
     end
     self.polls = false
-  end)
+  end
+  local ok, runs = pcall(self.scheduler.spawn, try_starved)
+  if not ok then
+    self.polls = false -- who waits has it begun again
+  elseif runs == false then
+    try_starved()
+  end
 end
 
 -- ---- the end of locks -------------------------------------------------------------------
@@ -665,6 +670,7 @@ local function wait(ticket)
     if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
     if left <= 0 then break end
     turns:advance(entry)
+    if entry.state == "starved" then turns:poll() end
     if entry.state == "held" and entry.changes_until > 0 and not is_closed(entry) then
       entry.changes_until = 0 -- whoever wanted to change has ended
       hand_on(turns, entry)
@@ -830,7 +836,7 @@ end
 --- Nobody waits any more, and no link is open. waits: until the server has heard of it.
 function Turns:close(waits)
   local links, err = self.links, select(2, pcall(core.raise, "closed", "this locker was closed"))
-  self.links, self.closed = {}, err
+  self.links, self.starved, self.closed = {}, {}, err
   for _, entry in pairs(self.entries) do refuse_all(entry, err) end
   for _, one in ipairs(links) do
     if one.waiting then

@@ -245,9 +245,9 @@ function resty_pglocks.unlock(self)
   holds[hold] = nil
   local lock = hold.lock
   lock:held() -- hears of a loss; a release that is only sent would not
-  local ok, released, err = pcall(lock.release, lock)
+  local ok, released = pcall(lock.release, lock)
   if not ok then return nil, tostring(released) end
-  if not released then return nil, err end
+  if not released then return nil, "unlocked" end -- it ended with the request that took it
   return 1
 end
 

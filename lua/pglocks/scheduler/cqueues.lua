@@ -52,7 +52,7 @@ end
 
 function scheduler.park(seconds)
   local token = tokens[coroutine.running() or "main"]
-  if not token.woken then token.condition:wait(seconds) end
+  if not token.woken then poll(token.condition, seconds) end -- also where no controller runs
   return token.woken
 end
 

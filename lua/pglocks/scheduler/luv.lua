@@ -126,7 +126,12 @@ scheduler.enter = running
 
 function scheduler.wait(fd, events, seconds)
   local self = begin(new_wait())
-  self.poll = assert(uv.new_poll(fd))
+  local err
+  self.poll, err = uv.new_poll(fd)
+  if not self.poll then
+    self:__close()
+    error(err, 0)
+  end
   self.poll:start(events, function() resume(self) end)
   if seconds then set_timer(self, seconds) end
   wait(self)

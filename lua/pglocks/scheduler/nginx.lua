@@ -450,22 +450,30 @@ local function watch()
   is_watching = false
 end
 
+local function keep_watching()
+  if is_watching then return end
+  scheduler.spawn(watch)
+  is_watching = true
+end
+
 local LIFE = {} -- a key in ngx.ctx
 
 --- The life of the calling request. things: those with a `__close` that is called when it ends, however it
 --- ends, as keys. has_locks: to be set when a lock comes to them.
 function scheduler.living()
-  local life = ngx.ctx[LIFE]
-  if life then return life end
+  local ctx = ngx.ctx
+  local life = rawget(ctx, LIFE) -- not that of the TLS handshake, which a request's ngx.ctx falls back to
+  if life then
+    keep_watching()
+    return life
+  end
   local socket = ngx.socket.udp()
   local ok, err = socket:setpeername("127.0.0.1", 9)
   if not ok then core.raise("server", "nginx: no socket: " .. tostring(err)) end
   life = { socket = socket, things = setmetatable({}, { __mode = "k" }), has_locks = false }
-  ngx.ctx[LIFE], lives[life], lives_begun = life, true, lives_begun + 1
-  if not is_watching then
-    scheduler.spawn(watch)
-    is_watching = true
-  end
+  rawset(ctx, LIFE, life)
+  lives[life], lives_begun = true, lives_begun + 1
+  keep_watching()
   return life
 end
 
