@@ -943,10 +943,10 @@ local function under(name, loop)
       local one, other = locker { max_connections = 2, release = "confirmed" }, support.connect()
       function one.turns.poll() end
       local kept, x, y = one:lock "kept", other:lock "x", other:lock "y"
-      local got_x, why
+      local got_x, got_y
       begin(function() got_x = one:lock "x" end)
       wait_until_queued()
-      begin(function() why = select(2, one:try_lock("y", { timeout = 4 * support.slow })) end)
+      begin(function() got_y = one:lock("y", { timeout = 4 * support.slow }) end)
       wait_for("y starved", function() return one.turns.starved[1] end)
       x:release()
       wait_for("x", function() return got_x end)
@@ -962,8 +962,9 @@ local function under(name, loop)
       connection.ping = ping
       assert.is_true(ok, seconds)
       assert.is_true(seconds < 1.5 * support.slow, seconds)
-      wait_for("y", function() return why end)
       y:release()
+      wait_for("y", function() return got_y end)
+      got_y:release()
       kept:release()
     end)
 
@@ -1043,12 +1044,13 @@ local function under(name, loop)
         one:try_lock("x", { shared = true })
         seconds = support.core.now() - began
       end)
-      begin(function() up = { lock:upgrade { timeout = 5 } } end)
+      begin(function() up = { lock:upgrade { timeout = 5 * support.slow } } end)
       support.signal("CONT", pid)
-      wait_for("both", function() return up and seconds end)
+      wait_for("the try", function() return seconds end)
       second:release()
+      wait_for("the upgrade", function() return up end)
       lock:release()
-      assert.is_true(seconds < 2, seconds)
+      assert.is_true(seconds < 2 * support.slow, seconds)
     end)
 
     test("opens nothing for a key that no connection waited for, when it is closed", function()
