@@ -342,7 +342,8 @@ static void conclude_look(struct known *k, enum said said, int n) {
 
 static void conclude(int n, PGTransactionStatusType status) {
   const struct command *c = &commands[n];
-  told_failed = status == PQTRANS_INERROR;
+  /* As long as libpq has more to tell it cannot say. */
+  if (status != PQTRANS_ACTIVE && status != PQTRANS_UNKNOWN) told_failed = status == PQTRANS_INERROR;
   if (status == PQTRANS_IDLE) idle = n;
   for (int i = 0; status == PQTRANS_IDLE && i < known_count; i++)
     if (known[i].transaction) known[i].believed = false;
@@ -535,6 +536,7 @@ PGconn *__wrap_PQconnectStartParams(const char *const *keywords, const char *con
 void __wrap_PQfinish(PGconn *pg) {
   if (pg != NULL) open_now.connections--;
   for (int i = 0; i < known_count; i++) known[i].believed = known[i].late = false;
+  told_failed = false;
   __real_PQfinish(pg);
 }
 
