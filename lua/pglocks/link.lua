@@ -174,20 +174,25 @@ function Link:ask(request)
   self:wake()
 end
 
+local function add_counted(link, job)
+  link.jobs[#link.jobs + 1] = job
+  link:wake()
+end
+
 --- Has the driving coroutine call job(conn), or job(nil, err) when the link is over before.
 function Link:add_job(job)
   self.doing = self.doing + 1
-  self.jobs[#self.jobs + 1] = job
-  self:wake()
+  add_counted(self, job)
 end
 
 local function pack(...) return { n = select("#", ...), ... } end
 
 --- Has the driving coroutine call fn(conn, ...), and returns what that returned, or raises.
 function Link:call(fn, ...)
+  self.doing = self.doing + 1 -- first: what is collected meanwhile might have it wait
   local scheduler, arguments = self.scheduler, pack(...)
   local results, token
-  self:add_job(function(conn, err)
+  add_counted(self, function(conn, err)
     results = conn and pack(pcall(fn, conn, unpack(arguments, 1, arguments.n))) or { false, err }
     if token then scheduler.wake(token) end
   end)

@@ -581,18 +581,13 @@ function Turns:on_end(on, lock)
   self:feed()
 end
 
-local function ping(conn)
-  local ok, err
-  repeat -- what a cancel hits is asked again
-    ok, err = pcall(core.scheduled.connection.ping, conn)
-  until ok or err.code ~= "interrupted"
-  if not ok then error(err, 0) end
-end
-
 -- Waits until the server has confirmed what the link has let go.
 local function confirm(on, lock)
   on.refused = nil
-  on:call(ping)
+  on:call(function(conn)
+    on.doing = on.doing - 1 -- as release has counted
+    core.scheduled.connection.ping(conn)
+  end)
   if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
 end
 
@@ -602,16 +597,19 @@ function Turns:release(lock)
   if not id then return nil, "not held" end
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
+  local asks = on and self.options.release == "confirmed" and (not can_wait or can_wait())
+  if asks then on.doing = on.doing + 1 end -- nobody may have it wait before it has asked
   if on and owner then
     let_go(self, on, lock, id, owner)
   else
     core.let_go(lock) -- one that has not joined
   end
-  local is_sent = on and not on.over and entry.link ~= on -- and not handed on
-  if self.options.release == "confirmed" and is_sent and (not can_wait or can_wait()) then
-    confirm(on, lock) -- before somebody waits there
-  else
+  if not asks then
     self:feed()
+  elseif on.over or entry.link == on then -- lost, or handed on
+    on:done(1)
+  else
+    confirm(on, lock)
   end
   return true
 end
