@@ -927,58 +927,57 @@ local function under(name, loop)
       theirs:release()
     end)
 
-    -- Takes a lock that only its coroutine knew, which has ended. From then on nothing is collected unasked.
-    local function leave_garbage(one)
-      local taken
+    test("asks whether a lock is free before its connection waits for another key", function()
+      local one, other = locker { max_connections = 2, release = "confirmed" }, support.connect()
+      local kept, x, y, got, taken, is_over = one:lock "kept", other:lock "x", other:lock "y", nil, nil, nil
+      function one.turns.poll() end
       collectgarbage "stop"
       loop.spawn(function()
         one:lock "garbage"
         taken = true
       end)
       wait_for("garbage", function() return taken end)
-    end
-
-    -- Collects it whenever one.turns[method] returns.
-    local function collect_after(one, method)
-      local original = one.turns[method]
-      one.turns[method] = function(...)
-        local result = original(...)
-        collectgarbage()
-        collectgarbage "stop"
-        return result
-      end
-    end
-
-    -- What takes a connection of two, while the other one stays busy and a key waits for one of them: seconds.
-    local function timed_beside_starved(one, fn, ...)
-      local theirs, is_over = support.connect { scheduler = loop.scheduler }:lock "y", false
-      function one.turns.poll() end
+      begin(function() got = one:lock "x" end)
+      wait_until_queued()
+      x:release()
+      wait_for("x", function() return got end)
       begin(function()
         local lock = one:try_lock("y", { timeout = 4 * support.slow })
         if lock then lock:release() end
         is_over = true
       end)
       wait_for("a key that none waits for", function() return one.turns.starved[1] end)
-      local seconds = support.timed(fn, ...)
-      theirs:release()
-      wait_for("who waits for it", function() return is_over end)
-      return seconds
-    end
-
-    test("asks whether a lock is free before its connection waits for another key", function()
-      local one, other = locker { max_connections = 2, release = "confirmed" }, support.connect()
-      local kept, x, got = one:lock "kept", other:lock "x", nil
-      leave_garbage(one)
-      begin(function() got = one:lock "x" end)
-      wait_until_queued()
-      x:release()
-      wait_for("x", function() return got end)
-      local seconds = timed_beside_starved(one, function()
-        collect_after(one, "advance")
-        got:release()
-      end)
-      assert.is_true(seconds < 1.5 * support.slow, seconds)
+      local advance = one.turns.advance
+      function one.turns.advance(...)
+        advance(...)
+        collectgarbage()
+      end
+      assert.is_true(support.timed(got.release, got) < 1.5 * support.slow)
+      y:release()
+      wait_for("who waits for y", function() return is_over end)
       kept:release()
+    end)
+
+    test("does what begins while it looks for the last time whether its connection was lost", function()
+      local one, got = locker(), nil
+      one:lock("x"):release()
+      local link, connection = one.turns.links[1], support.core.connection
+      local alive, calls = connection.alive, 0
+      connection.alive = function(conn)
+        local is_alive = alive(conn)
+        if conn == link.conn and link.driven and not link.tries[1] and link.doing == 0 then
+          calls = calls + 1
+          if calls == 2 then -- as from on_lost
+            begin(function() got = one:try_lock("y", { timeout = 2 * support.slow }) or "timeout" end)
+          end
+        end
+        return is_alive
+      end
+      one:lock("z"):release()
+      wait_for("y", function() return got end)
+      connection.alive = alive
+      assert.not_equal("timeout", got)
+      got:release()
     end)
 
     test("lets others share after two upgrades that failed", function()
@@ -1033,6 +1032,41 @@ local function under(name, loop)
       wait_for("who shares", function() return c end)
       c:release()
       assert.is_falsy(both)
+    end)
+
+    test("lets nobody share with who is being upgraded, also when nobody was kept out for so long", function()
+      if support.cannot_signal then return pending(support.cannot_signal) end
+      local one, upgraded = locker { handover_time = 100 }, nil
+      local lock = one:lock("x", { shared = true })
+      local pid = sessions()[1].pid
+      support.signal("STOP", pid)
+      begin(function() upgraded = lock:upgrade { timeout = 10 * support.slow } end)
+      wait_for("it to ask", function() return one.turns.links[1].doing > 0 end)
+      one.turns.entries[support.core.identity(lock)].changes_until = 0 -- as after some time
+      local other = one:lock("x", { shared = true })
+      support.signal("CONT", pid)
+      wait_for("its answer", function() return one.turns.links[1].doing == 0 end)
+      assert.is_true(lock.shared)
+      other:release()
+      wait_for("the upgrade", function() return upgraded end)
+      assert.is_false(lock.shared)
+      lock:release()
+    end)
+
+    test("lets others share when the coroutine of an upgrade has ended", function()
+      if not loop.forget then return end
+      local one, got = locker { handover_time = 100 }, nil
+      local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      local co = loop.spawn(function() l1:upgrade { timeout = 60 * support.slow } end)()
+      local entry = one.turns.entries[support.core.identity(l1)]
+      wait_for("nobody to join", function() return entry.changes_until > 0 end)
+      if coroutine.close then coroutine.close(co) end
+      loop.forget(co)
+      assert.is_true(entry.changes_until < support.core.now() + 5)
+      entry.changes_until = support.core.now() + 0.01 -- for the rest of that time nothing happens
+      begin(function() got = one:lock("x", { shared = true, timeout = 20 * support.slow }) end)
+      wait_for("who shares", function() return got end)
+      for _, lock in ipairs { l1, l2, got } do lock:release() end
     end)
 
     test("is exclusive when it is upgraded twice at once", function()

@@ -777,33 +777,35 @@ function Turns:draw(lock)
   end)
 end
 
-local function try_to_change(turns, entry, lock, deadline, change)
-  local pause = FIRST_PAUSE
+--- Changes the mode of a lock: by change(timeout, may), again and again, because nobody may wait on its link.
+function Turns:change(lock, timeout, change)
+  local entry, deadline, pause = entry_held_by(self, lock), core.now() + timeout, FIRST_PAUSE
+  local closed_until
   local function is_alone() return entry.state == "held" and entry.holders == 1 end
-  while true do
-    entry_held_by(turns, lock)
-    local changed = is_alone() and call(turns, lock, function()
+
+  local function try()
+    entry_held_by(self, lock)
+    -- Nobody joins it meanwhile; but whose coroutine has ended keeps nobody out for long.
+    closed_until = math.min(deadline, core.now() + LEFT_ALONE * LOOKS)
+    entry.changes_until = math.max(entry.changes_until, closed_until)
+    return is_alone() and call(self, lock, function()
       local done = change(ATTEMPT, is_alone)
       if done then entry.shared = lock.shared end
       return done
     end)
-    local left = deadline - core.now()
-    if changed or left <= 0 then return changed or nil end
-    turns.scheduler.sleep(math.min(pause, left))
-    pause = math.min(pause * 2, LONGEST_PAUSE)
   end
-end
 
---- Changes the mode of a lock: by change(timeout, may), again and again, because nobody may wait on its link.
-function Turns:change(lock, timeout, change)
-  local entry, deadline = entry_held_by(self, lock), core.now() + timeout
-  entry.changes_until = math.max(entry.changes_until, deadline) -- nobody joins it meanwhile
-  local ok, changed = pcall(try_to_change, self, entry, lock, deadline, change)
-  if entry.changes_until == deadline then entry.changes_until = 0 end
+  local ok, changed = pcall(try)
+  while ok and not changed and core.now() < deadline do
+    self.scheduler.sleep(math.min(pause, deadline - core.now()))
+    pause = math.min(pause * 2, LONGEST_PAUSE)
+    ok, changed = pcall(try)
+  end
+  if entry.changes_until == closed_until then entry.changes_until = 0 end
   if entry.state == "held" then hand_on(self, entry) end
   self:advance(entry)
   if not ok then error(changed, 0) end
-  return changed
+  return changed or nil
 end
 
 -- ---- all of them ------------------------------------------------------------------------
