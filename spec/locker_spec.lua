@@ -1124,6 +1124,7 @@ local function under(name, loop)
       one:close()
       wait_for("an end", function() return err or got end)
       assert.is_nil(got)
+      assert.equal(pglocks.key "x", err.key)
     end)
 
     -- ---- many -----------------------------------------------------------------------------

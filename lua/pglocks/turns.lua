@@ -179,15 +179,17 @@ local function end_late(entry)
 end
 
 -- An error object of his own.
+local function own_error(ticket, err)
+  if type(err) ~= "table" then return err end
+  local own = setmetatable({}, getmetatable(err))
+  for name, value in pairs(err) do own[name] = value end
+  own.key = ticket.lock.key
+  return own
+end
+
 local function refuse_first(entry, err)
-  local ticket, own = entry.first, err
-  step_out(entry, ticket)
-  if type(err) == "table" then
-    own = setmetatable({}, getmetatable(err))
-    for name, value in pairs(err) do own[name] = value end
-    own.key = ticket.lock.key
-  end
-  tell(ticket, own)
+  local ticket = entry.first
+  finish(entry, ticket, own_error(ticket, err))
 end
 
 local function refuse_all(entry, err)
@@ -658,7 +660,7 @@ local function wait(ticket)
   while not ticket.outcome do
     if not is_queued(ticket) then -- he was left out
       if turns.closed then
-        ticket.outcome = turns.closed
+        ticket.outcome = own_error(ticket, turns.closed)
         break
       end
       come_back(ticket)

@@ -27,6 +27,7 @@ local core = require "pglocks.core"
 local locker = require "pglocks.locker"
 local opening = require "pglocks.connect"
 local scheduled = require "pglocks.scheduled"
+local scheduler = require "pglocks.scheduler.nginx"
 local semaphore = require "ngx.semaphore"
 
 core.own_source(debug.getinfo(1, "S").source)
@@ -97,8 +98,8 @@ end
 -- Nil, and why: nobody would end the hold at that time.
 local function look_at(time)
   if core.now() > looks_at + LATE then
-    local ok, err = ngx.timer.at(0, watch)
-    if not ok then return nil, err end
+    local ok, err = pcall(scheduler.spawn, watch)
+    if not ok then return nil, err.message end
     looks_at = core.now()
   elseif time < looks_at then
     nearer:post(1)

@@ -71,6 +71,32 @@ local locations = {
     lock:release()
   ]],
 
+  -- Locks once, and again when its worker is to end.
+  ["/again"] = [[
+    local function lock_once() pglocks.lock("x"):release() end
+    lock_once()
+    for _ = 1, 2 do collectgarbage() end
+    ngx.say "released"
+    ngx.flush(true)
+    while not ngx.worker.exiting() do ngx.sleep(0.005) end
+    ngx.sleep(0.2) -- nobody is busy in it
+    state.held.again = pglocks.lock "x"
+  ]],
+
+  -- While as many timers run as may.
+  ["/dropped"] = [[
+    local is_over = false
+    for _ = 1, tonumber(ngx.var.arg_n) do
+      ngx.timer.at(0, function() while not is_over do ngx.sleep(0.005) end end)
+    end
+    while ngx.timer.running_count() < tonumber(ngx.var.arg_n) do ngx.sleep(0.005) end
+    local _, why = pglocks.try_lock("x", { timeout = 0.2 })
+    is_over = true
+    while ngx.timer.running_count() > 0 do ngx.sleep(0.005) end
+    local lock, why_not = pglocks.try_lock("x", { timeout = 5 })
+    ngx.say(why, " ", why_not or tostring(lock:release()))
+  ]],
+
   -- A timer that holds, again and again, for as long as the worker lives.
   ["/daemon"] = [[
     ngx.timer.at(0, function()
@@ -245,12 +271,32 @@ describe("the requests of a worker", function()
     wait_until("its sessions to end", function() return #sessions() <= 1 end)
   end)
 
+  it("are watched when they lock while their worker is to end", function()
+    local request, old = nginx:begin "/again", nginx:workers()[1]
+    assert.equal("released", request.line())
+    nginx:command "-s reload"
+    assert.equal("", request.body())
+    wait_until("it to be free", function() return #pg_locks() == 0 end)
+    wait_until("the worker to end", function() return support.has_ended(old) end)
+  end)
+
   it("end with their worker when nginx quits or is killed", function()
     nginx:get "/wait"
     local worker = nginx:workers()[1]
     nginx:command "-s quit"
     wait_until("the worker to end", function() return support.has_ended(worker) end)
     wait_until("its sessions to end", function() return #sessions() == 0 end)
+  end)
+end)
+
+describe("nginx whose lua_max_running_timers have run out", function()
+  it("begins what it has dropped when there is room", function()
+    local nginx = running "lua_max_running_timers 3;"
+    assert.equal("timeout true\n", (nginx:get "/dropped?n=3"))
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
+    assert.is_truthy(nginx:errors():find("lua_max_running_timers are not enough", 1, true))
+    nginx:stop()
+    support.finish()
   end)
 end)
 

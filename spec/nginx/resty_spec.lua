@@ -18,6 +18,7 @@ local HTTP = [[
     resty_pglocks.setup("unused", { conninfo = conninfo, application_name = "unused" })
     resty_pglocks.setup("nowhere", { host = "127.0.0.1", port = "1", timeout = 0.2 })
     require "pglocks".setup(conninfo)
+    state = {} -- of the worker: a request's globals are its own, tables are not
 
     -- Every value, so that one is told from one and a nil.
     function say(...)
@@ -416,6 +417,25 @@ false (string or number as the key expected, got function)
       gate:release()
       assert.equal("2 nil string pglocks: lost", request.line())
       assert.equal("nil unlocked\n0\n", request.body())
+    end)
+  end
+
+  do
+    local kept = location [[
+      state.late = new()
+      say(state.late:lock "late")
+    ]]
+    local late = location [[ if state.late then say(state.late:unlock()) else say "another worker" end ]]
+
+    it("says that it is unlocked when its request has ended", function()
+      assert.equal("0\n", (nginx:get(kept)))
+      wait_until_free "late"
+      local said
+      wait_until("that worker", function()
+        said = nginx:get(late)
+        return said ~= "another worker\n"
+      end)
+      assert.equal("nil unlocked\n", said)
     end)
   end
 

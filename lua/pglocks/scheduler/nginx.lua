@@ -25,6 +25,7 @@ local RECEIVED_AT_MOST = 65536 -- bytes
 local RESTS = 0.5 -- at most, of a shared connection with nothing to do: until it looks whether to end
 local LOOKS = 0.05 -- from one look for requests that have ended to the next
 local SELDOM = 10 -- looks, for those that only wait
+local OVERDUE = 1 -- a timer that has not begun for so long never will
 local A_DAY = 86400000 -- milliseconds
 
 ---@type pglocks.scheduler
@@ -45,6 +46,36 @@ local function check_phase()
   if can_wait() then return end
   error(("pglocks: nginx cannot wait in %s_by_lua: lock in rewrite, access, content or timer,"
     .. " or from ngx.timer.at"):format(ngx.get_phase()), 0)
+end
+
+-- ---- timers -----------------------------------------------------------------------------
+
+-- While lua_max_running_timers of them run, nginx drops every other that is due, and only its log hears of it. So
+-- what has not begun in time is begun once more, by whoever waits. By function: when it counts as dropped.
+local unbegun = {}
+
+local function begin(fn)
+  unbegun[fn] = core.now() + OVERDUE
+  return ngx.timer.at(0, function()
+    if not unbegun[fn] then return end -- twice
+    unbegun[fn] = nil
+    fn()
+  end)
+end
+
+local function begin_overdue()
+  local now = core.now()
+  for fn, overdue_at in pairs(unbegun) do
+    if now >= overdue_at then begin(fn) end
+  end
+end
+
+--- Begins a light thread that belongs to no request.
+function scheduler.spawn(fn)
+  local ok, err = begin(fn)
+  if ok then return end
+  unbegun[fn] = nil
+  core.raise("server", "nginx: no timer can begin: " .. tostring(err))
 end
 
 -- ---- the pump ---------------------------------------------------------------------------
@@ -287,13 +318,14 @@ local function collect()
   collectors = collectors - 1
 end
 
+local function begin_collectors()
+  for _ = 1, COLLECTORS do ngx.thread.spawn(collect) end
+end
+
 local function start_collectors()
-  if collectors > 0 then return end
+  if collectors > 0 then return begin_overdue() end
   collectors = COLLECTORS
-  local ok = ngx.timer.at(0, function()
-    for _ = 1, COLLECTORS do ngx.thread.spawn(collect) end
-  end)
-  if not ok then collectors = 0 end
+  if not pcall(scheduler.spawn, begin_collectors) then collectors = 0 end
 end
 
 --- May a release be sent without waiting for its answer? Only if somebody will collect that.
@@ -343,12 +375,6 @@ function scheduler.attach(conn)
 end
 
 -- ---- shared connections -----------------------------------------------------------------
-
---- Begins a light thread that belongs to no request.
-function scheduler.spawn(fn)
-  local ok, err = ngx.timer.at(0, function() fn() end)
-  if not ok then core.raise("server", "nginx: no timer can begin: " .. tostring(err)) end
-end
 
 --- There is something to do on a shared connection.
 function scheduler.rouse(conn)
@@ -444,6 +470,7 @@ local function watch()
   local round = 0
   while next(lives) and (not ngx.worker.exiting() or is_anybody_busy()) do
     ngx.sleep(LOOKS)
+    begin_overdue()
     round = round + 1
     for life in pairs(lives) do look_at(life, round % SELDOM == 0) end
   end
@@ -489,7 +516,13 @@ function scheduler.token()
 end
 
 function scheduler.park(seconds)
-  return tokens[coroutine.running()]:wait(seconds or 1e6) == true
+  local token, deadline = tokens[coroutine.running()], core.now() + (seconds or 1e6)
+  repeat
+    begin_overdue()
+    local left = math.max(0, deadline - core.now())
+    if token:wait(next(unbegun) and math.min(left, OVERDUE) or left) then return true end
+  until core.now() >= deadline
+  return false
 end
 
 function scheduler.wake(token) token:post(1) end
