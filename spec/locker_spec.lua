@@ -1100,6 +1100,31 @@ local function under(name, loop)
       assert.is_true(seconds < 2 * support.slow, seconds)
     end)
 
+    test("a poll that cannot begin is begun again, and costs nobody his locks", function()
+      local has_failed, one, got
+      one = locker { max_connections = 2, scheduler = setmetatable({
+        spawn = function(fn)
+          if one.turns.polls and not has_failed then
+            has_failed = true
+            error("no more timers", 0)
+          end
+          return loop.spawn(fn)
+        end,
+      }, { __index = loop.spawning or require("pglocks.scheduler." .. loop.scheduler) }) }
+      local y, other = one:lock "y", support.connect()
+      local theirs = other:lock_all { "x", "z" }
+      begin(function() one:lock("x", { timeout = 20 * support.slow }):release() end)
+      wait_until_queued()
+      begin(function() got = one:lock("z", { timeout = 20 * support.slow }) end)
+      wait_for("a poll to fail", function() return has_failed end)
+      assert.is_true(y:held())
+      wait_for("another one", function() return one.turns.polls end)
+      theirs:release()
+      wait_for("who waits", function() return got end)
+      got:release()
+      y:release()
+    end)
+
     test("opens nothing for a key that no connection waited for, when it is closed", function()
       local one, other = locker { max_connections = 2 }, support.connect()
       local y, theirs, errors = one:lock "y", other:lock_all { "x", "z" }, {}
@@ -1235,6 +1260,9 @@ describe("pglocks.locker", function()
       local theirs = other:lock "x"
       assert.same({ nil, "timeout" }, { one:try_lock("x", { timeout = 0.05 }) })
       theirs:release()
+      loops[scheduler].run(function() lock = one:lock "x" end)
+      assert.same({ nil, "timeout" }, { one:try_lock("x", { timeout = 0.05 }) })
+      assert.is_true(lock:release())
       assert.is_true(one:lock("x"):release())
       one:close()
       assert.same({}, pg_locks())

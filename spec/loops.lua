@@ -13,20 +13,20 @@ local uv = require "luv"
 
 local loops = {}
 
--- Errors of coroutines, for run to rethrow.
-local failures = {}
+-- Errors of coroutines, for run to rethrow: of those that it has begun, as a loop may go on with others that
+-- a failure has left behind.
+local failures
 
 local function guarded(fn)
+  local errors = failures
   return function()
     local ok, err = xpcall(fn, function(e) return type(e) == "string" and debug.traceback(e, 2) or e end)
-    if not ok then failures[#failures + 1] = err end
+    if not ok then errors[#errors + 1] = err end
   end
 end
 
 local function rethrow()
-  local err = failures[1]
-  failures = {}
-  if err ~= nil then error(err, 0) end
+  if failures[1] ~= nil then error(failures[1], 0) end
 end
 
 -- ---- cqueues ----------------------------------------------------------------------------
@@ -47,7 +47,7 @@ loops.cqueues = {
   end,
 
   run = function(fn)
-    controller = cqueues.new()
+    controller, failures = cqueues.new(), {}
     loops.cqueues.spawn(fn)
     while not controller:empty() and not failures[1] do assert(controller:step()) end
     rethrow()
@@ -67,6 +67,7 @@ loops.luv = {
   end,
 
   run = function(fn)
+    failures = {}
     loops.luv.spawn(fn)
     while not failures[1] and uv.run "once" do end
     rethrow()
@@ -162,6 +163,7 @@ loops.own = {
   end,
 
   run = function(fn)
+    failures = {}
     loops.own.spawn(fn)
     while next(waiting) and not failures[1] do step() end
     waiting = {}

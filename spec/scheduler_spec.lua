@@ -699,6 +699,12 @@ describe("luv", function()
     process.close()
     assert.is_truthy(said:find("luv must be loaded on the main thread", 1, true), said)
   end)
+
+  it("has nothing left to wait for when it was asked to wait for no descriptor", function()
+    local scheduler = require "pglocks.scheduler.luv"
+    assert.is_false(coroutine.resume(coroutine.create(function() scheduler.wait(99999, "r", 1) end)))
+    assert.is_falsy(require "luv".loop_alive())
+  end)
 end)
 
 -- ---- Ctrl-C ---------------------------------------------------------------------------------

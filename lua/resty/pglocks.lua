@@ -32,7 +32,7 @@ local semaphore = require "ngx.semaphore"
 
 core.own_source(debug.getinfo(1, "S").source)
 
-local ngx, math, pcall, setmetatable = ngx, math, pcall, setmetatable
+local math, pcall, setmetatable = math, pcall, setmetatable
 
 -- Seconds.
 local TIMEOUT, EXPTIME = 5, 30
