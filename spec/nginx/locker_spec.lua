@@ -97,6 +97,21 @@ local locations = {
     ngx.say(why, " ", why_not or tostring(lock:release()))
   ]],
 
+  ["/timers"] = [[ ngx.say(ngx.timer.running_count()) ]],
+
+  -- Leaves a lock behind that nobody can begin to watch.
+  ["/unwatched"] = [[
+    local is_over = false
+    local n = tonumber(ngx.var.arg_n)
+    while ngx.timer.running_count() < n do
+      ngx.timer.at(0, function() while not is_over do ngx.sleep(0.005) end end)
+      ngx.sleep(0.005)
+    end
+    state.held.x = pglocks.lock "x"
+    ngx.sleep(0.05) -- nginx drops it in its next turn
+    is_over = true
+  ]],
+
   -- A timer that holds, again and again, for as long as the worker lives.
   ["/daemon"] = [[
     ngx.timer.at(0, function()
@@ -290,13 +305,25 @@ describe("the requests of a worker", function()
 end)
 
 describe("nginx whose lua_max_running_timers have run out", function()
-  it("begins what it has dropped when there is room", function()
-    local nginx = running "lua_max_running_timers 3;"
-    assert.equal("timeout true\n", (nginx:get "/dropped?n=3"))
-    wait_until("all to be free", function() return #pg_locks() == 0 end)
-    assert.is_truthy(nginx:errors():find("lua_max_running_timers are not enough", 1, true))
+  local nginx
+  before_each(function() nginx = running "lua_max_running_timers 3;" end)
+  after_each(function()
+    local errors = nginx:errors()
     nginx:stop()
     support.finish()
+    assert.is_truthy(errors:find("lua_max_running_timers are not enough", 1, true))
+  end)
+
+  it("begins what it has dropped when there is room", function()
+    assert.equal("timeout true\n", (nginx:get "/dropped?n=3"))
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
+  end)
+
+  it("frees what a request has left behind whom nobody watched", function()
+    for _ = 1, 2 do nginx:get "/wait" end -- the connection stays
+    wait_until("nobody to watch", function() return (nginx:get "/timers") == "1\n" end)
+    nginx:get "/unwatched?n=3"
+    wait_until("all to be free", function() return #pg_locks() == 0 end)
   end)
 end)
 

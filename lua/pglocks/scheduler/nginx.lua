@@ -51,7 +51,8 @@ end
 -- ---- timers -----------------------------------------------------------------------------
 
 -- While lua_max_running_timers of them run, nginx drops every other that is due, and only its log hears of it. So
--- what has not begun in time is begun once more, by whoever waits. By function: when it counts as dropped.
+-- what has not begun in time is begun once more, by whoever waits, and by every connection's timer. By function: when
+-- it counts as dropped.
 local unbegun = {}
 
 local function begin(fn)
@@ -426,6 +427,7 @@ end
 --- was held; or nil. False: the connection is to be closed.
 function scheduler.rest(conn, idle)
   local pump = pumps[conn]
+  begin_overdue()
   send_all(conn, pump)
   if pump.rest then deliver(conn, pump, pump.rest) end
   if not is_wanted(idle) then return false end
@@ -470,7 +472,6 @@ local function watch()
   local round = 0
   while next(lives) and (not ngx.worker.exiting() or is_anybody_busy()) do
     ngx.sleep(LOOKS)
-    begin_overdue()
     round = round + 1
     for life in pairs(lives) do look_at(life, round % SELDOM == 0) end
   end
