@@ -1908,6 +1908,14 @@ static void exchange(unsigned slot, unsigned other) {
 enum { LET_GO, LET_GO_LATE, HAND_ON, RAISE, CLOSE, TRY, CLOSE_LOCK, DO_NOTHING, AT_END };
 
 /* As the owner of locks that have joined others does when the scope of one ends; and as he should not. */
+/* Each lock that is let go was held, as far as PostgreSQL is concerned. */
+static int on_lost(lua_State *caller) {
+  lua_getfield(caller, 2, "code");
+  if (run.honest && strcmp(lua_tostring(caller, -1), "not_held") == 0)
+    finding("on_lost is told that the server did not hold a lock");
+  return 0;
+}
+
 static int on_end(lua_State *caller) {
   lua_State *before = L;
   struct set set;
@@ -2425,9 +2433,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   ending = thread("fuzz ending");
   if (run.connected) {
     push_call(CORE, "configure");
-    lua_createtable(L, 0, 1);
+    lua_createtable(L, 0, 2);
     lua_pushcfunction(L, on_end);
     lua_setfield(L, -2, "on_end");
+    lua_pushcfunction(L, on_lost);
+    lua_setfield(L, -2, "on_lost");
     call("configure", 2);
     lua_settop(L, TOP);
     if (run.scheduled) configure("scheduled", true);

@@ -66,13 +66,21 @@ void connection_ready(lua_State *L, int index, struct session *s) {
   if (s->state != SESSION_OPEN) raise_failure(L, CLOSED, "this connection is closed");
 }
 
+static bool is_loss_untold(const struct session *s) { return s->state == SESSION_LOST && !s->loss_told; }
+
+bool session_is_untold(const struct session *s) {
+  return is_loss_untold(s) || s->release_failure.code != NO_ERROR || s->denied > 0;
+}
+
 /* on_lost(conn, err, locks), protected: what it raises must not hide what the caller is told. The
  * loss counts as told when the call is about to be made: without memory for it, the next call on
  * the connection tries again. */
 static int tell_loss(lua_State *L) {
   struct session *s = connection_check(L, 1);
-  bool lost = s->state == SESSION_LOST && !s->loss_told;
+  bool lost = is_loss_untold(s);
   bool listens;
+  if (!lost && s->release_failure.code == NO_ERROR && holdings_pop_denied(s, &s->release_key))
+    failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
   slot_get(L, 1, SLOT_ON_LOST);
   listens = lua_isfunction(L, -1);
   if (listens) {
@@ -93,12 +101,16 @@ static int tell_loss(lua_State *L) {
 }
 
 void connection_tell_loss(lua_State *L, int index, struct session *s) {
-  if ((s->state != SESSION_LOST || s->loss_told) && s->release_failure.code == NO_ERROR) return;
-  if (!lua_checkstack(L, 4)) return;
-  lua_pushvalue(L, index);
-  slot_get(L, -1, SLOT_TELL_LOSS);
-  lua_insert(L, -2);
-  if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+  bool told = true;
+  if (!session_is_untold(s) || !lua_checkstack(L, 4)) return;
+  while (told && session_is_untold(s)) {
+    bool lost = is_loss_untold(s);
+    lua_pushvalue(L, index);
+    slot_get(L, -1, SLOT_TELL_LOSS);
+    lua_insert(L, -2);
+    if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+    told = lost ? !is_loss_untold(s) : s->release_failure.code == NO_ERROR;
+  }
 }
 
 void connection_tell_free(lua_State *L, int index) {
@@ -531,7 +543,7 @@ static int connection_scope_end(lua_State *L) {
     operation_drop(s);
     session_close(s);
   }
-  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR)
+  if (session_is_untold(s))
     connection_tell_loss(L, 1, s);
   s->state = SESSION_CLOSED;
   return 0;

@@ -114,10 +114,10 @@ void holding_lost(struct session *s, struct holding *h) {
   h->generation = ++s->generations;
 }
 
-/* Forgets a holding that nothing is held, in flight or in doubt on. */
+/* Forgets a holding that nothing is held, in flight, in doubt or to be told of. */
 void holding_put(struct session *s, struct holding *h) {
   struct holding **at;
-  if (h->count > 0 || h->releasing > 0 || h->doubtful || h->asked) return;
+  if (h->count > 0 || h->releasing > 0 || h->doubtful || h->denied || h->asked) return;
   at = holding_place(s, h);
   *at = h->next;
   h->next = s->spare_holdings;
@@ -180,8 +180,7 @@ void holdings_answered(struct session *s, const struct command *command) {
   const struct answer *answer = &command->answer;
   bool failed = answer->failed || (answer->value != VALUE_TRUE && answer->value != VALUE_SOME &&
                                    answer->value != VALUE_FALSE);
-  bool untouched = answer->failed && !command->settles && failure_never_ran(&answer->failure);
-  bool told = false;
+  bool never_ran = answer->failed && failure_never_ran(&answer->failure);
   struct holding *h, *after;
   if (command->looks) { /* when it fails the session is lost */
     if (!failed)
@@ -192,13 +191,12 @@ void holdings_answered(struct session *s, const struct command *command) {
   }
   for (h = command->leaving.first; h != NULL; h = h->after[LEAVING])
     if (failed) {
-      h->untouched = h->untouched || untouched;
+      h->untouched = (h->untouched || !h->doubtful) && never_ran;
       holding_doubt(s, h);
     } else {
-      if (!told && !h->found[LEAVING] && (!command->settles || h->untouched)) {
-        failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
-        s->release_key = h->key; /* the first, where there are several */
-        told = true;
+      if (!h->denied && !h->found[LEAVING] && (!command->settles || h->untouched)) {
+        h->denied = true;
+        s->denied++;
       }
       holding_trust(s, h);
     }
@@ -207,6 +205,19 @@ void holdings_answered(struct session *s, const struct command *command) {
     after = h->after[LEAVING];
     holding_put(s, h);
   }
+}
+
+bool holdings_pop_denied(struct session *s, struct key *key) {
+  for (size_t i = 0; s->denied > 0 && i < s->bucket_count; i++)
+    for (struct holding *h = s->buckets[i]; h != NULL; h = h->next)
+      if (h->denied) {
+        h->denied = false;
+        s->denied--;
+        *key = h->key;
+        holding_put(s, h);
+        return true;
+      }
+  return false;
 }
 
 bool holdings_any(const struct session *s) {

@@ -793,7 +793,10 @@ static void lock_leave(struct session *s, struct lock *lock, struct chain *chain
     }
     /* Refused until the transaction has ended, or behind another's operation, where the server would
      * not read it sooner: the guard lets it go when that is over. */
-    if (ours && h->count == 0) holding_doubt(s, h);
+    if (ours && h->count == 0) {
+      h->untouched = h->untouched || !h->doubtful;
+      holding_doubt(s, h);
+    }
     holding_put(s, h);
   }
 }
@@ -1052,7 +1055,7 @@ static int lock_scope_end(lua_State *L) {
     }
     operation_drop(s);
   }
-  if (s->state == SESSION_LOST || s->release_failure.code != NO_ERROR || s->scheduled) {
+  if (session_is_untold(s) || s->scheduled) {
     connection_insert(L, lock);
     connection_tell_loss(L, 1, s);
     connection_tell_free(L, 1);

@@ -424,8 +424,9 @@ struct session {
   struct holding *first_buckets[BUCKETS];
   struct session *next, **link; /* all sessions of the process, for fork */
   struct failure loss;
-  struct failure release_failure; /* of a deferred release, for on_lost */
+  struct failure release_failure; /* of a release that nobody waited for, for on_lost */
   struct key release_key;
+  int denied; /* holdings */
   int backend_pid, server_version;
   int watch_fd; /* an epoll instance on the socket, or -1 */
   size_t given; /* bytes for libpq to read at pump_fd's other end */
@@ -491,7 +492,9 @@ struct session *connection_check(lua_State *L, int index); /* whatever its state
 struct session *connection_find(lua_State *L, int index);  /* NULL: it was collected, or is none */
 /* Raises closed, lost, forked, busy_connection unless the connection may start an operation. */
 void connection_ready(lua_State *L, int index, struct session *s);
-void connection_tell_loss(lua_State *L, int index, struct session *s); /* on_lost, once */
+/* on_lost, once for the loss, and for each release that went wrong. */
+void connection_tell_loss(lua_State *L, int index, struct session *s);
+bool session_is_untold(const struct session *s); /* is there anything of that? */
 void connection_tell_free(lua_State *L, int index); /* on_free(conn), protected */
 void connection_tell_end(lua_State *L, int index); /* of the lock behind it: on_end(conn, lock), protected */
 /* Pushes the method whose name is at 2, of `scheduled` or of the methods; or nil, and false. */
@@ -553,6 +556,7 @@ struct holding {
   bool transaction; /* of its scope: it ends with that, and is never unlocked */
   bool doubtful;  /* a release went wrong: the guard has yet to settle it */
   bool untouched; /* that release never ran, so that the guard must find the lock */
+  bool denied;    /* the server did not hold it when it was released: for on_lost */
   bool asked;     /* in the operation's chain */
   bool found[CHAINS]; /* what the last command about the chain said */
   struct holding *after[CHAINS]; /* the next in the chain */
@@ -587,7 +591,7 @@ bool holding_set_name(struct holding *h, const char *name, size_t length);
 void holding_lost(struct session *s, struct holding *h);
 /* The last lock on it has been let go: to be announced, where it was held long enough. */
 void holding_left(struct session *s, struct holding *h, double now);
-/* Forgets a holding that nothing is held, in flight or in doubt on. */
+/* Forgets a holding that nothing is held, in flight, in doubt or to be told of. */
 void holding_put(struct session *s, struct holding *h);
 void chain_add(struct chain *chain, struct holding *h);
 /* Empties the operation's chain, and forgets what is not needed for anything else. */
@@ -596,6 +600,8 @@ void holding_doubt(struct session *s, struct holding *h);
 void holding_trust(struct session *s, struct holding *h);
 /* A deferred release, or the guard after it, was answered. */
 void holdings_answered(struct session *s, const struct command *command);
+/* The key of one that was denied, and is told of now. False: there is none. */
+bool holdings_pop_denied(struct session *s, struct key *key);
 bool holdings_any(const struct session *s); /* is anything held? */
 /* Those of the transaction's scope, or all, are about to be let go: to be announced. */
 void holdings_announce(struct session *s, bool all);
