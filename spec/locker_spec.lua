@@ -958,6 +958,85 @@ local function under(name, loop)
       kept:release()
     end)
 
+    for _, method in ipairs { "check", "release" } do
+      test(method .. " raises lost when only what it collects finds out", function()
+        local one, said, is_over, taken = locker { release = "confirmed" }, nil, nil, nil
+        collectgarbage "stop"
+        loop.spawn(function()
+          one:lock "garbage"
+          taken = true
+        end)
+        wait_for("garbage", function() return taken end)
+        begin(function()
+          one:lock("garbage"):release()
+          is_over = true
+        end)
+        local lock = one:lock "x"
+        local link = one.turns.links[1]
+        wait_for("the connection to rest", function() return not link.driven end)
+        local Link, scheduler = getmetatable(link), link.scheduler
+        function link.call(...) -- which collects what there is as soon as it asks for its scheduler
+          observe("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'locker'")
+          link.scheduler = nil
+          setmetatable(link, {
+            __index = function(_, field)
+              if field ~= "scheduler" then return Link[field] end
+              setmetatable(link, Link)
+              link.scheduler = scheduler
+              collectgarbage()
+              return scheduler
+            end,
+          })
+          return Link.call(...)
+        end
+        begin(function() said = support.raised(lock[method], lock) end)
+        wait_for("an answer", function() return said end)
+        assert.equal("lost", said.code)
+        wait_for("who waits", function() return is_over end)
+      end)
+    end
+
+    test("opens nothing when a lock is collected while it is closed", function()
+      local one, errors, taken = locker(), 0, nil
+      collectgarbage "stop"
+      loop.spawn(function()
+        one:lock "garbage"
+        taken = true
+      end)
+      wait_for("garbage", function() return taken end)
+      local lock, scheduler = one:lock "x", one.turns.scheduler
+      for _, key in ipairs { "x", "x", "garbage", "garbage" } do
+        begin(function()
+          support.assert_code("closed", one.lock, one, key)
+          errors = errors + 1
+        end)
+      end
+      one.turns.scheduler = setmetatable({
+        wake = function(token)
+          collectgarbage()
+          scheduler.wake(token)
+        end,
+      }, { __index = scheduler })
+      one:close()
+      wait_for("all", function() return errors == 4 end)
+      assert.same({}, one.turns.links)
+      assert.is_false(lock:held())
+    end)
+
+    test("each of two confirmed releases raises what became of its own lock", function()
+      local one, errors = locker { release = "confirmed" }, {}
+      local locks = { one:lock "a", one:lock "b", one:lock "c" }
+      one.turns.links[1]:call(support.core.scheduled.connection.query, "SELECT pg_advisory_unlock_all()")
+      for i, lock in ipairs(locks) do
+        loop.spawn(function() errors[i] = support.raised(lock.release, lock) end)
+      end
+      wait_for("all", function() return errors[1] and errors[2] and errors[3] end)
+      for i, lock in ipairs(locks) do
+        assert.equal("not_held", errors[i].code)
+        assert.equal(lock.key, errors[i].key)
+      end
+    end)
+
     test("does what begins while it looks for the last time whether its connection was lost", function()
       local one, got = locker(), nil
       one:lock("x"):release()
@@ -1042,7 +1121,7 @@ local function under(name, loop)
       support.signal("STOP", pid)
       begin(function() upgraded = lock:upgrade { timeout = 10 * support.slow } end)
       wait_for("it to ask", function() return one.turns.links[1].doing > 0 end)
-      one.turns.entries[support.core.identity(lock)].changes_until = 0 -- as after some time
+      one.turns.entries[support.core.identity(lock)].changes = nil -- as after some time
       local other = one:lock("x", { shared = true })
       support.signal("CONT", pid)
       wait_for("its answer", function() return one.turns.links[1].doing == 0 end)
@@ -1059,14 +1138,33 @@ local function under(name, loop)
       local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
       local co = loop.spawn(function() l1:upgrade { timeout = 60 * support.slow } end)()
       local entry = one.turns.entries[support.core.identity(l1)]
-      wait_for("nobody to join", function() return entry.changes_until > 0 end)
+      wait_for("nobody to join", function() return entry.changes end)
       if coroutine.close then coroutine.close(co) end
       loop.forget(co)
-      assert.is_true(entry.changes_until < support.core.now() + 5)
-      entry.changes_until = support.core.now() + 0.01 -- for the rest of that time nothing happens
+      local attempt, ends = next(entry.changes)
+      assert.is_true(ends < support.core.now() + 5)
+      entry.changes[attempt] = support.core.now() + 0.01 -- for the rest of that time nothing happens
       begin(function() got = one:lock("x", { shared = true, timeout = 20 * support.slow }) end)
       wait_for("who shares", function() return got end)
       for _, lock in ipairs { l1, l2, got } do lock:release() end
+    end)
+
+    test("lets nobody share while one is being upgraded, when the upgrade of another ends", function()
+      local one, a, b, c = locker { handover_time = 100 }, nil, nil, nil
+      local l1, l2 = one:lock("x", { shared = true }), one:lock("x", { shared = true })
+      local entry = one.turns.entries[support.core.identity(l1)]
+      begin(function() b = l2:upgrade { timeout = 10 * support.slow } end)
+      wait_for("nobody to join", function() return entry.changes end)
+      begin(function() a = support.raised(l1.upgrade, l1, { timeout = 10 * support.slow }) end)
+      begin(function() c = one:lock("x", { shared = true }) end)
+      l1:release()
+      wait_for("the end of the first", function() return a end)
+      assert.is_true(b or c == nil)
+      wait_for("the upgrade", function() return b end)
+      assert.is_nil(c)
+      l2:release()
+      wait_for("who shares", function() return c end)
+      c:release()
     end)
 
     test("is exclusive when it is upgraded twice at once", function()

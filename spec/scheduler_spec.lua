@@ -287,17 +287,25 @@ local function under(name, loop)
       conn:ping()
     end)
 
-    test("a bad release is told to on_lost", function()
-      local told
-      local conn = connect { on_lost = function(_, err) told = err end }
-      local lock = conn:lock "x"
+    test("each bad release is told to on_lost", function()
+      local told = {}
+      local conn = connect { on_lost = function(_, err) told[#told + 1] = err end }
+      local locks = {}
+      for i = 1, 8 do locks[i] = conn:lock(i) end
       conn:query "SELECT pg_advisory_unlock_all()"
-      getmetatable(lock).__close(lock)
+      for _, lock in ipairs(locks) do getmetatable(lock).__close(lock) end
       wait_in(loop, "on_lost", function()
         conn:ping()
-        return told
+        return told[1]
       end)
-      assert.equal("not_held", told.code)
+      assert.equal(8, #told)
+      local keys = {}
+      for _, err in ipairs(told) do
+        assert.equal("not_held", err.code)
+        keys[tostring(err.key)] = true
+      end
+      for i = 1, 8 do assert.is_true(keys[tostring(i)]) end
+      assert.same({}, conn:locks())
       conn:close()
     end)
 
@@ -700,10 +708,35 @@ describe("luv", function()
     assert.is_truthy(said:find("luv must be loaded on the main thread", 1, true), said)
   end)
 
-  it("has nothing left to wait for when it was asked to wait for no descriptor", function()
-    local scheduler = require "pglocks.scheduler.luv"
-    assert.is_false(coroutine.resume(coroutine.create(function() scheduler.wait(99999, "r", 1) end)))
-    assert.is_falsy(require "luv".loop_alive())
+  it("lets a callback upgrade or release nothing of a locker's, where it would have to wait", function()
+    local uv, errors = require "luv", {}
+    loops.luv.run(function()
+      local locker = pglocks.locker {
+        conninfo = os.getenv "PGLOCKS_TEST_CONNINFO", scheduler = "luv", release = "confirmed",
+      }
+      local lock, timer = locker:lock("x", { shared = true }), uv.new_timer()
+      timer:start(0, 0, function()
+        for _, method in ipairs { "upgrade", "release" } do errors[#errors + 1] = support.raised(lock[method], lock) end
+        timer:close()
+      end)
+      support.wait_in(loops.luv, "both", function() return errors[2] end)
+      assert.is_true(lock:check())
+      assert.is_true(lock.shared)
+      assert.is_true(lock:release())
+      locker:close()
+    end)
+    for i = 1, 2 do assert.is_truthy(errors[i].message:find("nothing can wait in a callback", 1, true)) end
+  end)
+
+  it("has nothing left to wait for when it cannot wait for a descriptor", function()
+    local uv, scheduler = require "luv", require "pglocks.scheduler.luv"
+    local new_poll = uv.new_poll -- which itself leaks what it cannot make
+    function uv.new_poll() return nil, "EBADF: bad file descriptor" end
+    local ok, err = coroutine.resume(coroutine.create(function() scheduler.wait(99999, "r", 1) end))
+    uv.new_poll = new_poll
+    assert.is_false(ok)
+    assert.equal("EBADF: bad file descriptor", err)
+    assert.is_falsy(uv.loop_alive())
   end)
 end)
 

@@ -18,6 +18,7 @@ local MOST_AT_ONCE = 1000 -- keys in one command
 ---@field held integer  keys that it holds; its owner counts them
 ---@field doing integer  tries and jobs that are not done
 ---@field waiting boolean  it stands in the server's queue, or is about to
+---@field refused table<string, pglocks.error>  releases that have failed, by key
 local Link = {}
 Link.__index = Link
 
@@ -27,15 +28,15 @@ local function new(owner, keywords, options)
   return setmetatable({
     owner = owner, keywords = keywords, options = options, scheduler = options.scheduler,
     held = 0, doing = 0, waiting = false, over = false, driven = false,
-    tries = {}, jobs = {},
+    tries = {}, jobs = {}, refused = {},
   }, Link)
 end
 
 -- ---- its end ----------------------------------------------------------------------------
 
 -- What nobody will do any more.
-function Link:drop(err)
-  local tries, jobs = self.tries, self.jobs
+function Link:drop()
+  local tries, jobs, err = self.tries, self.jobs, self.why
   self.tries, self.jobs, self.doing = {}, {}, 0
   for _, request in ipairs(tries) do request.done(request, self, nil, err, false) end
   for _, job in ipairs(jobs) do job(nil, err) end
@@ -44,15 +45,15 @@ end
 -- Called from any coroutine that notices the loss of the connection: so it never waits.
 function Link:finish(err)
   if self.over then return end
-  self.over = true
+  self.over, self.why = true, err or select(2, pcall(core.raise, "closed", "this locker is closed"))
   self.owner:on_over(self, err)
-  self:drop(err or select(2, pcall(core.raise, "closed", "this locker is closed")))
+  self:drop()
 end
 
 -- Also of a release that failed, on a connection that is as good as before.
 function Link:lose(conn, err, locks)
   if core.connection.alive(conn) then
-    self.refused = err
+    if err.key then self.refused[tostring(err.key)] = err end
   else
     self:finish(err)
   end
@@ -155,7 +156,9 @@ end
 
 function Link:wake()
   local scheduler = self.scheduler
-  if not self.driven then
+  if self.over then -- as the end of what was collected meanwhile has found
+    self:drop()
+  elseif not self.driven then
     self.driven = true
     local ok, err = pcall(scheduled.spawn, scheduler, function() drive(self) end)
     if not ok then self:finish(err) end

@@ -65,12 +65,13 @@ local Ticket = {}
 Ticket.__index = Ticket
 
 -- What is known of a key: { turns =, id =, first =, last = tickets of the queue, state =, link =, shared =,
--- holders =, owners =, since =, handed =, closing =, changes_until =, probe = what a link was asked, waits_on =
+-- holders =, owners =, since =, handed =, closing =, changes =, probe = what a link was asked, waits_on =
 -- the link that waits }
 -- State: nil, nobody has asked; "asked", a link tries it; "waiting", a link stands in the server's queue for
 -- it; "starved", none is free to do so; "held", by the link, in the mode `shared`, for so many holders,
 -- since then, and handed on so many times; owners: how many of them are each owner's. closing: nobody joins
--- the holders any more, because others wait for it elsewhere; or until then, because one of them changes its mode.
+-- the holders any more, because others wait for it elsewhere. changes: nor does anybody until then, by attempt of a
+-- holder to change its mode; or nil.
 -- A key comes again: so its entry stays for a while when nobody holds or wants it any more.
 
 local function sweep(turns)
@@ -88,11 +89,16 @@ local function entry_of(turns, id)
     turns.known = turns.known + 1
     entry = { -- with room for all that it will know
       turns = turns, id = id, first = nil, last = nil, holders = 0, state = nil, link = nil, shared = nil,
-      owners = nil, since = nil, handed = nil, closing = false, changes_until = 0, probe = nil, waits_on = nil,
+      owners = nil, since = nil, handed = nil, closing = false, changes = nil, probe = nil, waits_on = nil,
     }
     turns.entries[id] = entry
   end
   return entry
+end
+
+-- Before anything is begun that is waited for: raises where nobody can wait.
+local function enter(turns)
+  if turns.scheduler.enter then turns.scheduler.enter() end
 end
 
 local function remove(list, item)
@@ -246,7 +252,12 @@ end
 
 -- Does nobody join the holders?
 local function is_closed(entry)
-  return entry.closing or entry.changes_until > 0 and core.now() < entry.changes_until
+  if entry.closing or not entry.changes then return entry.closing end
+  local now = core.now()
+  for _, ends in pairs(entry.changes) do
+    if now < ends then return true end
+  end
+  return false
 end
 
 -- To the first in the queue; and to those behind him, who can hold it at the same time.
@@ -264,7 +275,7 @@ end
 local function take(turns, entry, on, shared)
   entry.owners = table.remove(turns.spare) or {}
   entry.state, entry.link, entry.shared = "held", on, shared
-  entry.since, entry.handed, entry.holders, entry.closing, entry.changes_until = core.now(), 0, 0, false, 0
+  entry.since, entry.handed, entry.holders, entry.closing, entry.changes = core.now(), 0, 0, false, nil
   on.held = on.held + 1
   hand_on(turns, entry)
   if entry.state and entry.holders == 0 then part(turns, entry) end
@@ -424,7 +435,7 @@ end
 
 -- What is to be done about a key that no link holds, or is asked for.
 function Turns:advance(entry)
-  if entry.state then return end
+  if entry.state or self.closed then return end
   local ticket = first_of(entry)
   if not ticket then return end
   entry.state = "asked"
@@ -583,14 +594,21 @@ function Turns:on_end(on, lock)
   self:feed()
 end
 
+-- A release is to be confirmed: nobody may have the link wait before it has asked. Raises where it cannot wait.
+local function announce(turns, on, lock)
+  enter(turns)
+  on.doing = on.doing + 1
+  on.refused[tostring(lock.key)] = nil
+end
+
 -- Waits until the server has confirmed what the link has let go.
 local function confirm(on, lock)
-  on.refused = nil
   on:call(function(conn)
-    on.doing = on.doing - 1 -- as release has counted
+    on.doing = on.doing - 1 -- the announcement's
     core.scheduled.connection.ping(conn)
   end)
-  if on.refused and on.refused.key == lock.key then error(on.refused, 0) end
+  local err = on.refused[tostring(lock.key)]
+  if err then error(err, 0) end
 end
 
 -- In the place of a connection's release.
@@ -600,7 +618,7 @@ function Turns:release(lock)
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
   local asks = on and self.options.release == "confirmed" and (not can_wait or can_wait())
-  if asks then on.doing = on.doing + 1 end -- nobody may have it wait before it has asked
+  if asks then announce(self, on, lock) end
   if on and owner then
     let_go(self, on, lock, id, owner)
   else
@@ -671,8 +689,8 @@ local function wait(ticket)
     if left <= 0 then break end
     turns:advance(entry)
     if entry.state == "starved" then turns:poll() end
-    if entry.state == "held" and entry.changes_until > 0 and not is_closed(entry) then
-      entry.changes_until = 0 -- whoever wanted to change has ended
+    if entry.state == "held" and entry.changes and not is_closed(entry) then
+      entry.changes = nil -- whoever wanted to change has ended
       hand_on(turns, entry)
     end
     if entry.closing and entry.state == "held" and ticket.shared and entry.first == ticket then
@@ -750,8 +768,9 @@ end
 
 -- ---- held locks -------------------------------------------------------------------------
 
--- What the link's coroutine does about a held lock.
+-- What the link's coroutine is to do something about. Raises where nobody can wait for that.
 local function entry_held_by(turns, lock)
+  enter(turns)
   local id = core.standing(lock)
   if not id then core.raise("not_held", "this lock is not held") end
   return turns.entries[id]
@@ -782,14 +801,14 @@ end
 --- Changes the mode of a lock: by change(timeout, may), again and again, because nobody may wait on its link.
 function Turns:change(lock, timeout, change)
   local entry, deadline, pause = entry_held_by(self, lock), core.now() + timeout, FIRST_PAUSE
-  local closed_until
+  local me = {}
   local function is_alone() return entry.state == "held" and entry.holders == 1 end
 
   local function try()
     entry_held_by(self, lock)
     -- Nobody joins it meanwhile; but whose coroutine has ended keeps nobody out for long.
-    closed_until = math.min(deadline, core.now() + LEFT_ALONE * LOOKS)
-    entry.changes_until = math.max(entry.changes_until, closed_until)
+    entry.changes = entry.changes or {}
+    entry.changes[me] = math.min(deadline, core.now() + LEFT_ALONE * LOOKS)
     return is_alone() and call(self, lock, function()
       local done = change(ATTEMPT, is_alone)
       if done then entry.shared = lock.shared end
@@ -803,7 +822,7 @@ function Turns:change(lock, timeout, change)
     pause = math.min(pause * 2, LONGEST_PAUSE)
     ok, changed = pcall(try)
   end
-  if entry.changes_until == closed_until then entry.changes_until = 0 end
+  if entry.changes then entry.changes[me] = nil end
   if entry.state == "held" then hand_on(self, entry) end
   self:advance(entry)
   if not ok then error(changed, 0) end
