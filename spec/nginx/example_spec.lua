@@ -28,7 +28,7 @@ end
 -- Workers may have to be root to reach the server's socket.
 local function start()
   local prefix = shell "mktemp -d /tmp/pglocks-nginx.XXXXXX":match "%S+"
-  local port = 20000 + math.random(12000)
+  local port = server.free_port()
   local is_root = shell "id -u":match "%d+" == "0"
   local file = assert(io.open(prefix .. "/nginx.conf", "w"))
   file:write((substituted(support.read "examples/openresty/nginx.conf", {

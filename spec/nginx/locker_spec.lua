@@ -97,6 +97,34 @@ local locations = {
     ngx.say(why, " ", why_not or tostring(lock:release()))
   ]],
 
+  -- Light threads of one request, which dies: one holds, all others wait.
+  ["/threads"] = [[
+    state.held.threads = { pglocks.lock "x" }
+    for i = 2, tonumber(ngx.var.arg_n) do
+      ngx.thread.spawn(function()
+        state.held.threads[i] = pglocks.lock "x"
+        ngx.sleep(1000)
+      end)
+    end
+    ngx.sleep(0.02)
+    ngx.exit(ngx.OK)
+  ]],
+
+  -- Upgrades where nothing can wait, and says afterwards what that did.
+  ["/phase"] = { [[
+    content_by_lua_block {
+      state.held.phase = pglocks.lock("x", { shared = true })
+      ngx.say "locked"
+      ngx.flush(true)
+      state.held.phase:check()
+      ngx.say(state.said, " ", tostring(state.held.phase.shared))
+      state.held.phase:release()
+    }
+    header_filter_by_lua_block {
+      state.said = select(2, pcall(state.held.phase.upgrade, state.held.phase)):match "cannot wait in header_filter"
+    }
+  ]] },
+
   ["/timers"] = [[ ngx.say(ngx.timer.running_count()) ]],
 
   -- Leaves a lock behind that nobody can begin to watch.
@@ -246,6 +274,17 @@ describe("the requests of a worker", function()
     wait_until("it to be free", function() return #pg_locks() == 0 end)
     nginx:get "/die"
     assert.equal("false\n", holder.body())
+  end)
+
+  it("leave nothing behind in any of their light threads", function()
+    for _, n in ipairs { 33, 65, 65, 65, 129 } do
+      nginx:get("/threads?n=" .. n)
+      wait_until("it to be free", function() return #pg_locks() == 0 end)
+    end
+  end)
+
+  it("do nothing where they cannot wait for it", function()
+    assert.equal("locked\ncannot wait in header_filter true\n", (nginx:get "/phase"))
   end)
 
   it("check, upgrade and downgrade", function()

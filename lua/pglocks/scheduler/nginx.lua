@@ -448,8 +448,14 @@ local function has_locks(life)
   return false
 end
 
+-- The end of one may add another: what is handed on to somebody who has died with it.
 local function end_things(life)
-  for thing in pairs(life.things) do pcall(getmetatable(thing).__close, thing) end
+  local thing = next(life.things)
+  while thing do
+    life.things[thing] = nil
+    pcall(getmetatable(thing).__close, thing)
+    thing = next(life.things)
+  end
 end
 
 local function is_anybody_busy()
