@@ -196,6 +196,7 @@ static int asked, received, answered, told; /* numbers of commands: by whom, so 
  * gone back to a savepoint; or -1. */
 static int ended, idle, gone_back;
 static bool told_failed; /* that the transaction has, by the last that was told */
+static bool seems_failed; /* by the last that could tell: libpq cannot as long as it has more */
 
 static uint32_t big_endian(const char *bytes) {
   const unsigned char *b = (const unsigned char *)bytes;
@@ -342,8 +343,8 @@ static void conclude_look(struct known *k, enum said said, int n) {
 
 static void conclude(int n, PGTransactionStatusType status) {
   const struct command *c = &commands[n];
-  /* As long as libpq has more to tell it cannot say. */
-  if (status != PQTRANS_ACTIVE && status != PQTRANS_UNKNOWN) told_failed = status == PQTRANS_INERROR;
+  told_failed = status == PQTRANS_INERROR;
+  if (status != PQTRANS_ACTIVE && status != PQTRANS_UNKNOWN) seems_failed = told_failed;
   if (status == PQTRANS_IDLE) idle = n;
   for (int i = 0; status == PQTRANS_IDLE && i < known_count; i++)
     if (known[i].transaction) known[i].believed = false;
@@ -536,7 +537,7 @@ PGconn *__wrap_PQconnectStartParams(const char *const *keywords, const char *con
 void __wrap_PQfinish(PGconn *pg) {
   if (pg != NULL) open_now.connections--;
   for (int i = 0; i < known_count; i++) known[i].believed = known[i].late = false;
-  told_failed = false;
+  told_failed = seems_failed = false;
   __real_PQfinish(pg);
 }
 
@@ -1769,7 +1770,7 @@ static void join(unsigned which, bool shared, unsigned slot, bool binds) {
 
 /* Lets go of the lock at that place of the list. */
 static void let_go(int place, bool late) {
-  bool before[MAX_KEYS], notes = late && is_true("is_idle") && told == asked && !told_failed;
+  bool before[MAX_KEYS], notes = late && is_true("is_idle") && told == asked && !seems_failed;
   const bool *after;
   int since = asked;
   keep_garbage();
@@ -2412,7 +2413,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
   server.transaction = 'I';
   known_count = asked = received = answered = told = thread_count = 0;
   ended = idle = gone_back = -1;
-  told_failed = may_end = may_commit = false;
+  told_failed = seems_failed = may_end = may_commit = false;
   in.length = out.length = answer.length = trickle = 0;
   answer.count = 0;
   threads_refused = deaf = cancel_arrived = memory_failed = false;
