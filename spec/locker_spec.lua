@@ -958,43 +958,18 @@ local function under(name, loop)
       kept:release()
     end)
 
-    for _, method in ipairs { "check", "release" } do
-      test(method .. " raises lost when only what it collects finds out", function()
-        local one, said, is_over, taken = locker { release = "confirmed" }, nil, nil, nil
-        collectgarbage "stop"
-        loop.spawn(function()
-          one:lock "garbage"
-          taken = true
-        end)
-        wait_for("garbage", function() return taken end)
-        begin(function()
-          one:lock("garbage"):release()
-          is_over = true
-        end)
-        local lock = one:lock "x"
-        local link = one.turns.links[1]
-        wait_for("the connection to rest", function() return not link.driven end)
-        local Link, scheduler = getmetatable(link), link.scheduler
-        function link.call(...) -- which collects what there is as soon as it asks for its scheduler
-          observe("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'locker'")
-          link.scheduler = nil
-          setmetatable(link, {
-            __index = function(_, field)
-              if field ~= "scheduler" then return Link[field] end
-              setmetatable(link, Link)
-              link.scheduler = scheduler
-              collectgarbage()
-              return scheduler
-            end,
-          })
-          return Link.call(...)
-        end
-        begin(function() said = support.raised(lock[method], lock) end)
-        wait_for("an answer", function() return said end)
-        assert.equal("lost", said.code)
-        wait_for("who waits", function() return is_over end)
-      end)
-    end
+    test("what a connection is asked for that has just ended is refused", function()
+      local one, said, told = locker(), nil, nil
+      local lock = one:lock "x"
+      local link = one.turns.links[1]
+      wait_for("the connection to rest", function() return not link.driven end)
+      link:close() -- as what is collected meanwhile may find it lost
+      begin(function() said = support.raised(link.call, link, function() end) end)
+      link:ask { lock = lock, shared = false, done = function(_, _, _, err) told = err end }
+      wait_for("both answers", function() return said and told end)
+      assert.equal("closed", said.code)
+      assert.equal("closed", told.code)
+    end)
 
     test("opens nothing when a lock is collected while it is closed", function()
       local one, errors, taken = locker(), 0, nil
@@ -1021,6 +996,78 @@ local function under(name, loop)
       wait_for("all", function() return errors == 4 end)
       assert.same({}, one.turns.links)
       assert.is_false(lock:held())
+    end)
+
+    for _, key in ipairs { "x", "y" } do
+      test("ends at once, and opens nothing, when on_lost closes it in the call for a lock on " .. key, function()
+        local one, said
+        one = locker { on_lost = function() one:close() end }
+        local lock = one:lock "x"
+        local link = one.turns.links[1]
+        wait_for("the connection to rest", function() return not link.driven end)
+        observe("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'locker'")
+        local began = support.core.now()
+        begin(function() said = support.raised(one.lock, one, key, { timeout = 3 * support.slow }) end)
+        wait_for("an answer", function() return said end)
+        assert.equal("closed", said.code)
+        assert.is_true(support.core.now() - began < 2 * support.slow)
+        assert.same({}, one.turns.links)
+        assert.is_false(lock:held())
+      end)
+    end
+
+    test("raises closed to who asks about a lock while the release of another was refused", function()
+      local one, said = locker { on_lost = function() end }, nil
+      local a, b = one:lock "a", one:lock "b"
+      local link, query = one.turns.links[1], support.core.scheduled.connection.query
+      link:call(query, "SELECT pg_advisory_unlock($1)", tostring(a.key))
+      a:release()
+      begin(function() pcall(link.call, link, query, "SELECT pg_sleep(2)") end)
+      begin(function() said = support.raised(b.check, b) end)
+      wait_for("the query to run", function()
+        return #observe "SELECT 1 AS one FROM pg_stat_activity WHERE wait_event = 'PgSleep'" == 1
+      end)
+      close(one)
+      wait_for("an answer", function() return said end)
+      assert.equal("closed", said.code)
+    end)
+
+    test("a confirmed release raises its own error when the key is released again meanwhile", function()
+      local one, err, again = locker { release = "confirmed", handovers = 0 }, nil, nil
+      local lock = one:lock "a"
+      one.turns.links[1]:call(support.core.scheduled.connection.query, "SELECT pg_advisory_unlock_all()")
+      begin(function() again = one:lock("a"):release() end)
+      begin(function() err = support.raised(lock.release, lock) end)
+      wait_for("both", function() return err and again end)
+      assert.equal("not_held", err.code)
+    end)
+
+    test("a confirmed release raises its own error when the key is taken again before it returns", function()
+      local one, err, again = locker { release = "confirmed", handovers = 0 }, nil, nil
+      local lock = one:lock "a"
+      local entry, advance = one.turns.entries[support.core.identity(lock)], one.turns.advance
+      one.turns.links[1]:call(support.core.scheduled.connection.query, "SELECT pg_advisory_unlock_all()")
+      begin(function() again = one:lock "a" end)
+      function one.turns.advance(...)
+        one.turns.advance = nil
+        advance(...)
+        while not entry.link do loop.sleep(0.001) end -- as when the answer is there at once
+      end
+      begin(function() err = support.raised(lock.release, lock) end)
+      wait_for("both", function() return err and again end)
+      assert.equal("not_held", err.code)
+      again:release()
+    end)
+
+    test("keeps no word of refused releases that nobody confirms", function()
+      local one = locker()
+      local locks = { one:lock "a", one:lock "b", one:lock "c" }
+      local link = one.turns.links[1]
+      link:call(support.core.scheduled.connection.query, "SELECT pg_advisory_unlock_all()")
+      for _, lock in ipairs(locks) do lock:release() end
+      one:lock("d"):release()
+      wait_for("rest", function() return not link.driven end)
+      assert.same({}, link.releases)
     end)
 
     test("each of two confirmed releases raises what became of its own lock", function()

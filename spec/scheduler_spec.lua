@@ -729,6 +729,27 @@ describe("luv", function()
     for i = 1, 2 do assert.is_truthy(errors[i].message:find("nothing can wait in a callback", 1, true)) end
   end)
 
+  it("lets a callback release a locker's lock where the key stays with others", function()
+    local uv, released, got = require "luv", {}, nil
+    loops.luv.run(function()
+      local locker = pglocks.locker {
+        conninfo = os.getenv "PGLOCKS_TEST_CONNINFO", scheduler = "luv", release = "confirmed", handover_time = 100,
+      }
+      local a, b, timer = locker:lock("x", { shared = true }), locker:lock("x", { shared = true }), uv.new_timer()
+      local c = locker:lock "y"
+      loops.luv.spawn(function() got = locker:lock "y" end)
+      timer:start(0, 0, function()
+        for i, lock in ipairs { a, c } do released[i] = lock:release() end
+        timer:close()
+      end)
+      support.wait_in(loops.luv, "both", function() return released[2] and got end)
+      assert.same({ true, true }, released)
+      assert.is_true(b:release())
+      assert.is_true(got:release())
+      locker:close()
+    end)
+  end)
+
   it("has nothing left to wait for when it cannot wait for a descriptor", function()
     local uv, scheduler = require "luv", require "pglocks.scheduler.luv"
     local new_poll = uv.new_poll -- which itself leaks what it cannot make

@@ -79,8 +79,6 @@ static int tell_loss(lua_State *L) {
   struct session *s = connection_check(L, 1);
   bool lost = is_loss_untold(s);
   bool listens;
-  if (!lost && s->release_failure.code == NO_ERROR && holdings_pop_denied(s, &s->release_key))
-    failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
   slot_get(L, 1, SLOT_ON_LOST);
   listens = lua_isfunction(L, -1);
   if (listens) {
@@ -102,13 +100,17 @@ static int tell_loss(lua_State *L) {
 
 void connection_tell_loss(lua_State *L, int index, struct session *s) {
   bool told = true;
-  if (!session_is_untold(s) || !lua_checkstack(L, 4)) return;
+  if (s->telling || !session_is_untold(s) || !lua_checkstack(L, 4)) return;
   while (told && session_is_untold(s)) {
     bool lost = is_loss_untold(s);
+    if (!lost && s->release_failure.code == NO_ERROR && holdings_pop_denied(s, &s->release_key))
+      failure_set(&s->release_failure, NOT_HELD, "", NOT_HELD_MESSAGE);
     lua_pushvalue(L, index);
     slot_get(L, -1, SLOT_TELL_LOSS);
     lua_insert(L, -2);
+    s->telling = true;
     if (lua_pcall(L, 1, 0, 0) != 0) lua_pop(L, 1);
+    s->telling = false;
     told = lost ? !is_loss_untold(s) : s->release_failure.code == NO_ERROR;
   }
 }

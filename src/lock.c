@@ -209,9 +209,10 @@ static bool settling(struct session *s) {
     session_lose(s, UNKNOWN, "", NO_ANSWER_MESSAGE);
   else if (op->state == GUARD && op->guard == GUARD_LOOK)
     conclude(s);
-  else if (found) /* unlocked once: look again */
+  else if (found) { /* unlocked once: look again */
+    for (struct holding *h = op->asked.first; h != NULL; h = h->after[ASKED]) h->untouched = false;
     go(s, (enum state)op->state);
-  else {
+  } else {
     trust_asked(s);
     if (op->state == GUARD)
       conclude(s);

@@ -427,6 +427,7 @@ struct session {
   struct failure release_failure; /* of a release that nobody waited for, for on_lost */
   struct key release_key;
   int denied; /* holdings */
+  bool telling; /* on_lost is called, and what it calls, or what is collected meanwhile, calls it for nothing */
   int backend_pid, server_version;
   int watch_fd; /* an epoll instance on the socket, or -1 */
   size_t given; /* bytes for libpq to read at pump_fd's other end */

@@ -11,6 +11,7 @@ core.own_source(debug.getinfo(1, "S").source)
 local unpack = table.unpack or rawget(_G, "unpack")
 
 local MOST_AT_ONCE = 1000 -- keys in one command
+local WEAK_VALUES = { __mode = "v" }
 
 ---@class pglocks.link
 ---@field conn pglocks.connection|nil  nil while it is being opened, and when that has failed
@@ -18,7 +19,7 @@ local MOST_AT_ONCE = 1000 -- keys in one command
 ---@field held integer  keys that it holds; its owner counts them
 ---@field doing integer  tries and jobs that are not done
 ---@field waiting boolean  it stands in the server's queue, or is about to
----@field refused table<string, pglocks.error>  releases that have failed, by key
+---@field releases table<string, { err: pglocks.error|nil }>  by key: of whoever still waits for its confirmation
 local Link = {}
 Link.__index = Link
 
@@ -28,7 +29,7 @@ local function new(owner, keywords, options)
   return setmetatable({
     owner = owner, keywords = keywords, options = options, scheduler = options.scheduler,
     held = 0, doing = 0, waiting = false, over = false, driven = false,
-    tries = {}, jobs = {}, refused = {},
+    tries = {}, jobs = {}, releases = setmetatable({}, WEAK_VALUES),
   }, Link)
 end
 
@@ -50,11 +51,12 @@ function Link:finish(err)
   self:drop()
 end
 
--- Also of a release that failed, on a connection that is as good as before.
+-- Also of a release that failed, whose error has a key: a loss, which is told before, has none.
 function Link:lose(conn, err, locks)
-  if core.connection.alive(conn) then
-    if err.key then self.refused[tostring(err.key)] = err end
-  else
+  if err.key then
+    local release = self.releases[tostring(err.key)]
+    if release then release.err = err end
+  elseif not core.connection.alive(conn) then
     self:finish(err)
   end
   self.owner:on_lost(err, locks)

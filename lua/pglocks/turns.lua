@@ -309,7 +309,7 @@ end
 function Turns:choose(find, about)
   local found
   repeat found = find(self, about) until not found or found.driven or found:is_alive()
-  return found or self:may_open() and self:open_link() or nil
+  return found or not self.closed and self:may_open() and self:open_link() or nil
 end
 
 local function find_for(turns, lock)
@@ -439,7 +439,8 @@ function Turns:advance(entry)
   local ticket = first_of(entry)
   if not ticket then return end
   entry.state = "asked"
-  self:choose_for(ticket.lock):ask(ticket)
+  local on = self:choose_for(ticket.lock)
+  if on then on:ask(ticket) else entry.state = nil end -- closed meanwhile
 end
 
 -- Others wait for a key that is shared here: who comes later has to stand behind them.
@@ -565,7 +566,14 @@ end
 
 -- ---- the end of locks -------------------------------------------------------------------
 
--- One of the holders goes; with the last one the link lets go of the key. id, owner: as core.identity tells.
+-- Does the key stay in this process when the last of its holders goes?
+local function may_hand_on(turns, entry)
+  local ticket = first_of(entry)
+  return ticket and ticket.shared == entry.shared and not is_closed(entry) and may_stay(turns, entry)
+end
+
+-- One of the holders goes; with the last one the link lets go of the key, and this returns true. id, owner: as
+-- core.identity tells.
 local function let_go(turns, on, lock, id, owner)
   local entry = turns.entries[id]
   if not entry or entry.state ~= "held" or entry.link ~= on then return end
@@ -574,18 +582,16 @@ local function let_go(turns, on, lock, id, owner)
     add(turns.locks_of, owner, -1)
   end
   entry.holders = entry.holders - 1
-  if entry.holders == 0 then
-    local ticket = first_of(entry)
-    if ticket and ticket.shared == entry.shared and not is_closed(entry) and may_stay(turns, entry) then
-      entry.handed = entry.handed + 1
-      hand_on(turns, entry)
-    end
+  if entry.holders == 0 and may_hand_on(turns, entry) then
+    entry.handed = entry.handed + 1
+    hand_on(turns, entry)
   end
   core.let_go(lock, on.driven)
   if entry.holders > 0 then return end
   if entry.link then part(turns, entry) end
   on:flush()
-  turns:advance(entry)
+  turns:advance(entry) -- which may have it again before this returns
+  return true
 end
 
 --- The scope of a lock ends, which has joined what the link holds. Never waits.
@@ -594,21 +600,23 @@ function Turns:on_end(on, lock)
   self:feed()
 end
 
--- A release is to be confirmed: nobody may have the link wait before it has asked. Raises where it cannot wait.
-local function announce(turns, on, lock)
-  enter(turns)
+-- A release is to be confirmed: nobody may have the link wait before it has asked. Raises where it cannot wait for
+-- the server, and would have to.
+local function announce(turns, entry, lock)
+  if entry.holders == 1 and not may_hand_on(turns, entry) then enter(turns) end
+  local on, release = entry.link, { err = nil }
   on.doing = on.doing + 1
-  on.refused[tostring(lock.key)] = nil
+  on.releases[tostring(lock.key)] = release
+  return release
 end
 
 -- Waits until the server has confirmed what the link has let go.
-local function confirm(on, lock)
+local function confirm(on, release)
   on:call(function(conn)
     on.doing = on.doing - 1 -- the announcement's
     core.scheduled.connection.ping(conn)
   end)
-  local err = on.refused[tostring(lock.key)]
-  if err then error(err, 0) end
+  if release.err then error(release.err, 0) end
 end
 
 -- In the place of a connection's release.
@@ -618,18 +626,19 @@ function Turns:release(lock)
   local entry, can_wait = self.entries[id], self.scheduler.can_wait
   local on = entry and entry.link
   local asks = on and self.options.release == "confirmed" and (not can_wait or can_wait())
-  if asks then announce(self, on, lock) end
+  local release = asks and announce(self, entry, lock)
+  local has_let_go
   if on and owner then
-    let_go(self, on, lock, id, owner)
+    has_let_go = let_go(self, on, lock, id, owner)
   else
     core.let_go(lock) -- one that has not joined
   end
-  if not asks then
+  if not release then
     self:feed()
-  elseif on.over or entry.link == on then -- lost, or handed on
+  elseif on.over or not has_let_go then
     on:done(1)
   else
-    confirm(on, lock)
+    confirm(on, release)
   end
   return true
 end
@@ -676,13 +685,12 @@ local function wait(ticket)
   local turns = ticket.entry.turns
   local scheduler = turns.scheduler
   while not ticket.outcome do
-    if not is_queued(ticket) then -- he was left out
-      if turns.closed then
-        ticket.outcome = own_error(ticket, turns.closed)
-        break
-      end
-      come_back(ticket)
+    if turns.closed then
+      if is_queued(ticket) then step_out(ticket.entry, ticket) end
+      ticket.outcome = own_error(ticket, turns.closed)
+      break
     end
+    if not is_queued(ticket) then come_back(ticket) end -- he was left out
     local now, entry = core.now(), ticket.entry
     local left = ticket.deadline - now
     if entry.state == "waiting" or entry.state == "asked" then left = left + GRACE end
@@ -832,7 +840,9 @@ end
 -- ---- all of them ------------------------------------------------------------------------
 
 --- A link to ask something by.
-function Turns:any_link() return self:choose_for(nil) end
+function Turns:any_link()
+  return self:choose_for(nil) or core.raise("closed", "this locker was closed")
+end
 
 --- A closed lock that was not to be had, for its methods.
 function Turns:bind(lock)
