@@ -310,6 +310,33 @@ local function under(name, loop)
       conn:close()
     end)
 
+    test("on_lost may use its connection, and is told of one thing after the other", function()
+      local told, depth, deepest, errors = 0, 0, 0, {}
+      local conn = connect {
+        on_lost = function(conn)
+          told, depth = told + 1, depth + 1
+          deepest = math.max(deepest, depth)
+          local ok, err = pcall(conn.alive, conn)
+          errors[#errors + 1] = not ok and err or nil
+          collectgarbage()
+          depth = depth - 1
+        end,
+      }
+      local locks = {}
+      for i = 1, 300 do locks[i] = conn:lock(i) end
+      conn:query "SELECT pg_advisory_unlock_all()"
+      for _, lock in ipairs(locks) do getmetatable(lock).__close(lock) end
+      wait_in(loop, "on_lost", function()
+        conn:ping()
+        return told >= 300
+      end)
+      conn:ping()
+      assert.same({}, errors)
+      assert.equal(300, told)
+      assert.equal(1, deepest)
+      conn:close()
+    end)
+
     test("a coroutine that died of an error, or was left alone, keeps no lock", function()
       local conn = connect()
       if name ~= "cqueues" then return end -- elsewhere a coroutine that waits is the loop's
