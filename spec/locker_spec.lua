@@ -1070,7 +1070,7 @@ local function under(name, loop)
       assert.same({}, link.releases)
     end)
 
-    test("each of two confirmed releases raises what became of its own lock", function()
+    test("each of several confirmed releases raises what became of its own lock", function()
       local one, errors = locker { release = "confirmed" }, {}
       local locks = { one:lock "a", one:lock "b", one:lock "c" }
       one.turns.links[1]:call(support.core.scheduled.connection.query, "SELECT pg_advisory_unlock_all()")

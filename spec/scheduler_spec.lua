@@ -287,18 +287,23 @@ local function under(name, loop)
       conn:ping()
     end)
 
-    test("each bad release is told to on_lost", function()
-      local told = {}
-      local conn = connect { on_lost = function(_, err) told[#told + 1] = err end }
+    -- Releases locks on 1 to n that the server does not hold any more, and waits until so many have been told.
+    local function release_in_vain(conn, n, told)
       local locks = {}
-      for i = 1, 8 do locks[i] = conn:lock(i) end
+      for i = 1, n do locks[i] = conn:lock(i) end
       conn:query "SELECT pg_advisory_unlock_all()"
       for _, lock in ipairs(locks) do getmetatable(lock).__close(lock) end
       wait_in(loop, "on_lost", function()
         conn:ping()
-        return told[8]
+        return told() >= n
       end)
       conn:ping()
+    end
+
+    test("each bad release is told to on_lost", function()
+      local told = {}
+      local conn = connect { on_lost = function(_, err) told[#told + 1] = err end }
+      release_in_vain(conn, 8, function() return #told end)
       assert.equal(8, #told)
       local keys = {}
       for _, err in ipairs(told) do
@@ -322,15 +327,7 @@ local function under(name, loop)
           depth = depth - 1
         end,
       }
-      local locks = {}
-      for i = 1, 300 do locks[i] = conn:lock(i) end
-      conn:query "SELECT pg_advisory_unlock_all()"
-      for _, lock in ipairs(locks) do getmetatable(lock).__close(lock) end
-      wait_in(loop, "on_lost", function()
-        conn:ping()
-        return told >= 300
-      end)
-      conn:ping()
+      release_in_vain(conn, 300, function() return told end)
       assert.same({}, errors)
       assert.equal(300, told)
       assert.equal(1, deepest)
